@@ -1,0 +1,257 @@
+"""The command `pixart-ds`: verbs, their options, and the exit codes; heavy imports wait inside the handlers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pixart_ds import __version__
+from pixart_ds.errors import EXIT_DONE, PixArtError
+
+_EPILOG = """exit codes: 0 done, 2 your config, 3 your machine, 4 your data, 5 a checkpoint, 70 our bug, 75 stopped on request: start again"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb; errors meant for people go to stderr, without a traceback."""
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.handler(options)
+        return code
+    except PixArtError as error:
+        print(f"pixart-ds {options.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has left: `pixart-ds status … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pixart-ds", description="Train PixArt-α: from pictures to a finished model.", epilog=_EPILOG, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = _add(verbs, "demo", _demo, "the whole in small: draw, prepare, five stages, pictures, export, cost report")
+    verb.add_argument("--size", choices=("full", "smoke"), default="full", help="full learns (minutes); smoke only runs every part")
+    verb.add_argument("--images", type=Path, help="folder of your own pictures and captions instead of drawn ones")
+    verb.add_argument("--out", type=Path, help="folder for everything (default: demo-runs/SIZE); run again to go on where it stopped")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    verb.add_argument("--processes", type=_positive, default=2, help="ranks (default 2)")
+
+    verb = _add(verbs, "config", _config, "show a recipe as it resolves, or what is wrong with it")
+    verb.add_argument("recipe", help="path or name of a recipe: stage2, chain, demo/prepare, …")
+    _sets(verb)
+    _json(verb)
+
+    verb = _add(verbs, "prepare", _prepare, "pictures and captions to a prepared set of latents and caption features")
+    verb.add_argument("recipe", help="path or name of a prepare recipe")
+    _sets(verb)
+    verb.add_argument("--processes", type=_positive, default=1, help="encoding processes (default 1)")
+    _dry_run(verb)
+    _json(verb)
+
+    verb = _add(verbs, "create", _create, "freeze a chain's recipes into a new run folder")
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("--chain", required=True, help="path or name of a chain recipe: chain, demo/chain, …")
+    _sets(verb, "STAGE.KEY=VALUE")
+    _dry_run(verb)
+    _json(verb)
+
+    verb = _add(verbs, "train", _train, "run or resume one stage: the supervisor of one allocation")
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("stage", help="name of the stage")
+    verb.add_argument("--chain", help="make the run from this chain if it is not there; otherwise check that it is the same")
+    _sets(verb, "execution.KEY=VALUE")
+    verb.add_argument("--launcher", choices=("local", "srun"), default="local", help="local: processes of this machine; srun: one task per GPU")
+    verb.add_argument("--processes", type=_positive, help="ranks of the local launcher (default: GPUs, or 2 on a CPU)")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    _dry_run(verb)
+
+    verb = _add(verbs, "status", _status, "where each stage of a run stands")
+    verb.add_argument("run", type=Path)
+    _json(verb)
+
+    verb = _add(verbs, "sample", _sample, "pictures from a stage's handover")
+    verb.add_argument("run", type=Path)
+    verb.add_argument("--stage", help="stage (default: the last that is done)")
+    verb.add_argument("--prompt", action="append", default=[], help="may be repeated; default: the set's held prompts")
+    verb.add_argument("--size", help="HxW in pixels (default: the stage's square)")
+    verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    verb.add_argument("--guidance-scale", type=float)
+    verb.add_argument("--steps", type=_positive, help="denoising steps")
+    verb.add_argument("--seed", type=int)
+    verb.add_argument("--vae", help="folder of the AutoencoderKL (default: the one that prepared the set)")
+    verb.add_argument("--text-encoder", help="folder of the T5 encoder (default: the one that prepared the set)")
+    verb.add_argument("--out", type=Path, required=True, help="PNG of the grid")
+    _json(verb)
+
+    verb = _add(verbs, "export", _export, "a stage's weights as a diffusers PixArtAlphaPipeline folder")
+    verb.add_argument("run", type=Path)
+    verb.add_argument("--stage", help="stage (default: the last that is done)")
+    verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    verb.add_argument("--vae", help="folder of the AutoencoderKL (default: the one that prepared the set)")
+    verb.add_argument("--text-encoder", help="folder of the T5 encoder (default: the one that prepared the set)")
+    verb.add_argument("--out", type=Path, help="folder (default: RUN/export)")
+    _dry_run(verb)
+    _json(verb)
+    return parser
+
+
+def _add(verbs: Any, name: str, handler: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _sets(verb: argparse.ArgumentParser, form: str = "KEY.PATH=VALUE") -> None:
+    verb.add_argument("--set", dest="sets", action="append", default=[], metavar=form, help="override a key; may be repeated")
+
+
+def _json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def _dry_run(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from pixart_ds.demo.run import Demo
+
+    out = options.out or Path("demo-runs") / options.size
+    return Demo(out, size=options.size, images=options.images, device=options.device, processes=options.processes).run()
+
+
+def _config(options: argparse.Namespace) -> int:
+    from pixart_ds.config.load import dump_yaml, find_recipe, load_chain, load_prepare, load_stage, read_layers
+    from pixart_ds.config.schema import ChainConfig, PrepareConfig, StageConfig
+
+    keys = read_layers(find_recipe(options.recipe))
+    config: ChainConfig | PrepareConfig | StageConfig
+    if "stages" in keys:
+        config = load_chain(options.recipe, options.sets)
+    elif "source" in keys and "latents" in keys:
+        config = load_prepare(options.recipe, options.sets)
+    else:
+        config = load_stage(options.recipe, options.sets)
+    if options.json:
+        _print_json(config.model_dump(mode="json"))
+    else:
+        print(dump_yaml(config), end="")
+    return EXIT_DONE
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from pixart_ds.config.load import load_prepare
+    from pixart_ds.prepare import pipeline
+
+    config = load_prepare(options.recipe, options.sets)
+    if options.dry_run:
+        plan = pipeline.plan_of(config)
+        _print_json(plan.summary()) if options.json else print(plan)
+        return EXIT_DONE
+    report = pipeline.prepare(config, processes=options.processes)
+    _print_json(report.to_json()) if options.json else print(report)
+    return EXIT_DONE
+
+
+def _create(options: argparse.Namespace) -> int:
+    from pixart_ds.config.freeze import check_run, create_run
+    from pixart_ds.config.load import load_chain
+    from pixart_ds.layout import RunLayout
+
+    chain = load_chain(options.chain, options.sets)
+    if options.dry_run:
+        if RunLayout(options.run).manifest.exists():
+            check_run(RunLayout(options.run), chain)
+    else:
+        create_run(options.run, chain, options.chain)
+    if options.json:
+        _print_json({"run": str(options.run), "chain": chain.model_dump(mode="json"), "created": not options.dry_run})
+    else:
+        print(f"{'would make' if options.dry_run else 'run'} {options.run}: {', '.join(stage.name for stage in chain.stages)}")
+    return EXIT_DONE
+
+
+def _train(options: argparse.Namespace) -> int:
+    from pixart_ds.cluster.launchers import LocalLauncher, SrunLauncher
+    from pixart_ds.cluster.supervise import supervise
+    from pixart_ds.config.freeze import create_run, open_run, override_execution, read_stage
+    from pixart_ds.config.load import load_chain
+    from pixart_ds.layout import RunLayout
+    from pixart_ds.log import ProgressBar
+    from pixart_ds.train.preflight import preflight
+
+    if options.chain:
+        run = create_run(options.run, load_chain(options.chain), options.chain) if not options.dry_run else RunLayout(options.run)
+    run = open_run(options.run)
+    frozen = read_stage(run, options.stage)
+    stage = override_execution(frozen, options.sets)
+    preflight(run, stage)
+    extra = [] if stage == frozen else ["--execution", stage.execution.model_dump_json()]
+    launcher: LocalLauncher | SrunLauncher
+    if options.launcher == "srun":
+        launcher = SrunLauncher(extra=extra)
+    else:
+        launcher = LocalLauncher(options.processes or _default_processes(options.device), extra=extra)
+    if options.dry_run:
+        print(f"would run {stage.name} of {run.root} ({stage.total_steps} steps of {stage.global_batch_size} images) with {launcher}")
+        return EXIT_DONE
+    layout = run.stage(stage.name)
+    with ProgressBar(layout.attempts, stage.total_images, stage.name):
+        return supervise(run.root, stage.name, launcher=launcher, device=options.device)
+
+
+def _default_processes(device: str) -> int:
+    if device == "cpu":
+        return 2
+    import torch  # only to count the GPUs of this machine
+
+    return max(1, torch.cuda.device_count())
+
+
+def _status(options: argparse.Namespace) -> int:
+    from pixart_ds.config.freeze import open_run
+    from pixart_ds.train.status import run_status, table
+
+    rows = run_status(open_run(options.run))
+    _print_json(rows) if options.json else print(table(rows))
+    return EXIT_DONE
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from pixart_ds.evaluate.command import sample_run
+
+    answer = sample_run(options)
+    _print_json(answer) if options.json else print(f"{answer['pictures']} pictures of {answer['stage']}: {answer['out']}")
+    return EXIT_DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pixart_ds.export.command import export_run
+
+    answer = export_run(options)
+    if options.json:
+        _print_json(answer)
+    else:
+        print(f"{'would write' if options.dry_run else 'wrote'} the {answer['weights']} weights of {answer['stage']} to {answer['out']}")
+    return EXIT_DONE

@@ -1,0 +1,376 @@
+"""What a recipe may say: every key, its type, unit, bounds and default. No default lives anywhere else."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Size = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+
+
+class Section(BaseModel):
+    """A closed and frozen part of a recipe: unknown keys, wrong types and later changes are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class Duration(Section):
+    """A length in optimizer steps or in images; exactly one. Images are what is stored and compared."""
+
+    steps: PositiveInt | None = None
+    images: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.steps is None) == (self.images is None):
+            raise ValueError(f"give exactly one of steps and images, not steps={self.steps} and images={self.images}")
+        return self
+
+    def in_steps(self, global_batch_size: int) -> int:
+        """The length in whole steps of `global_batch_size` images, rounded up."""
+        if self.steps is not None:
+            return self.steps
+        assert self.images is not None
+        return -(-self.images // global_batch_size)
+
+    def in_images(self, global_batch_size: int) -> int:
+        """The length in images, rounded up to whole steps."""
+        return self.in_steps(global_batch_size) * global_batch_size
+
+
+class ModelConfig(Section):
+    """The net: PixArt's text-to-image transformer, or stage 1's class-conditional DiT (paper §2.3, appendix A.5)."""
+
+    kind: Literal["pixart", "dit"]
+    depth: PositiveInt = 28
+    hidden_size: PositiveInt = 1152
+    num_heads: PositiveInt = 16
+    patch_size: PositiveInt = 2
+    mlp_ratio: PositiveFloat = 4.0
+    in_channels: PositiveInt = 4
+    """Channels of the latents; the output has twice as many (ε and the learned variance)."""
+    base_size: PositiveInt = 16
+    """Patches a side of the square that the position embedding's coordinates span (image_size / 8 / 2 at full size)."""
+    interpolation_scale: PositiveFloat = 1.0
+    """Divides the coordinates: 1 at 256 and 512 px, 2 at 1024 px (the released code's lewei_scale)."""
+    num_classes: PositiveInt | None = None
+    """DiT only: labels, without the null class."""
+    caption_channels: PositiveInt | None = None
+    """PixArt only: width of the text encoder's features (4096 for T5-v1.1-XXL)."""
+    max_tokens: PositiveInt | None = None
+    """PixArt only: tokens a caption may have (120)."""
+    micro_conditions: bool = False
+    """PixArt only: the MS net, told the original size and the aspect ratio (1024 px)."""
+    condition_dropout: Fraction = 0.1
+    """Probability that a caption or label is replaced by the null one in training, for guidance."""
+    fp32_attention: bool = False
+    """Self-attention in fp32, as the published runs did; in 16 bit it is several times faster. Set by `paper: true`."""
+    scale_init_to_width: bool = False
+    """Multiplies the N(0, 0.02) initialisations by √(paper's fan-in / own fan-in): a small net then starts with the same gain."""
+    zero_init_adaln: bool = True
+    """DiT only: adaLN-Zero as in DiT. False starts the modulation as PixArt's tables do (short runs of small nets)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = []
+        if self.hidden_size % self.num_heads:
+            problems.append(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % 4:
+            problems.append(f"hidden_size {self.hidden_size} is not a multiple of 4, which the position embedding needs")
+        if self.kind == "pixart":
+            if self.caption_channels is None or self.max_tokens is None:
+                problems.append("kind pixart needs caption_channels and max_tokens")
+            if self.num_classes is not None:
+                problems.append(f"kind pixart has no num_classes (got {self.num_classes}); remove it or use kind dit")
+            if self.micro_conditions and self.hidden_size % 3:
+                problems.append(f"micro_conditions need a hidden_size that divides by 3, not {self.hidden_size}")
+        else:
+            if self.num_classes is None:
+                problems.append("kind dit needs num_classes")
+            for key in ("caption_channels", "max_tokens"):
+                if getattr(self, key) is not None:
+                    problems.append(f"kind dit has no {key} (got {getattr(self, key)}); remove it or use kind pixart")
+            if self.micro_conditions:
+                problems.append("kind dit has no micro_conditions; remove it or use kind pixart")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class InitConfig(Section):
+    """Where a stage's weights come from. Step, moments and EMA always start anew (paper.md 4.3)."""
+
+    source: Literal["scratch", "handover", "reparameterise"] = "scratch"
+    """handover: same kind of net as the stage before; reparameterise: DiT to PixArt (paper §2.3); scratch: random."""
+    stage: Name | None = None
+    """The stage that hands over; needed unless the source is scratch."""
+    weights: Literal["raw", "ema"] | None = None
+    """raw, as the released code does, or the EMA of the stage before; needed unless the source is scratch."""
+    reparameterise_at: Annotated[int, Field(ge=0, le=999)] = 500
+    """The timestep at which DiT and PixArt agree after re-parameterisation (paper §2.3: t = 500)."""
+
+    @model_validator(mode="after")
+    def _origin(self) -> Self:
+        given = (self.stage is not None, self.weights is not None)
+        if self.source == "scratch" and any(given):
+            raise ValueError("source scratch takes neither stage nor weights; remove them or name another source")
+        if self.source != "scratch" and not all(given):
+            raise ValueError(f"source {self.source} needs stage (which one hands over) and weights (raw or ema)")
+        return self
+
+
+class SetConfig(Section):
+    """One prepared set and what is taken of it."""
+
+    path: str
+    """Folder of a prepared set (written by `pixart-ds prepare`)."""
+    count: PositiveInt | None = None
+    """Only the first `count` rows of a fixed permutation of the set; never repeats."""
+    min_aesthetic_score: float | None = None
+    """Only rows with at least this score."""
+    min_ratio: PositiveFloat | None = None
+    """Only rows whose original height / width is at least this."""
+    max_ratio: PositiveFloat | None = None
+    """Only rows whose original height / width is at most this."""
+    min_side: PositiveInt | None = None
+    """Only rows whose shorter original side has at least so many pixels."""
+
+
+class DataConfig(Section):
+    """The prepared sets that a stage reads, joined into one order."""
+
+    sets: Annotated[tuple[SetConfig, ...], Field(min_length=1, strict=False)]
+    latents: str
+    """Which latents of the sets to read, by the name that `prepare` gave them: `256-square`, `512`, `1024`, …"""
+
+
+class OrderConfig(Section):
+    """Shape of the order of the data (architecture: The order of the data)."""
+
+    lanes: PositiveInt = 64
+    """Fixed parts of the shards; the same ranks read a lane in every pass."""
+    strip_length: PositiveInt = 64
+    """Consecutive samples of one bucket."""
+    window: PositiveInt = 4
+    """Shards of a bucket among which samples are shuffled; it bounds the cache."""
+
+
+class OptimizerConfig(Section):
+    """AdamW, its schedule, clipping and the EMA (paper appendix A.5 and the released configs)."""
+
+    learning_rate: PositiveFloat = 2e-5
+    learning_rate_rule: Literal["none", "sqrt"] = "none"
+    """sqrt: times √(global_batch_size / 256), as the released configs do; the paper's text has none."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-10
+    weight_decay: Annotated[float, Field(ge=0)] = 0.03
+    gradient_clipping: PositiveFloat = 0.01
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    """Applied optimizer steps of linear warm-up."""
+    decay_fraction: Fraction = 0.0
+    """Last part of the stage over which the rate falls linearly to `final_rate`; 0 keeps it constant, as the paper does."""
+    final_rate: Fraction = 0.05
+    """Share of the learning rate at the end of the decay."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    ema_warmup: bool = False
+    """Uses min(ema_decay, (1 + s) / (10 + s)) after s applied steps: short runs forget the start sooner."""
+
+    def effective_learning_rate(self, global_batch_size: int) -> float:
+        """The rate after warm-up, for a batch of `global_batch_size` images."""
+        factor = math.sqrt(global_batch_size / 256) if self.learning_rate_rule == "sqrt" else 1.0
+        return self.learning_rate * factor
+
+
+class ExecutionConfig(Section):
+    """How a rank runs its share. It may change between attempts: the result does not depend on it but for rounding."""
+
+    micro_batch_size: PositiveInt = 32
+    """Most samples of one bucket that a rank runs at once."""
+    checkpointed_blocks: Literal["all", "none"] | Annotated[int, Field(ge=0)] = "all"
+    """Blocks whose activations are recomputed in backward: all, none, or the first k."""
+    deepspeed: str = "zero2_fp16"
+    """Name of a file in ds_configs/ (without .json) or a path."""
+
+
+class CheckpointConfig(Section):
+    """When training state is kept."""
+
+    every: Duration
+    """Between recovery checkpoints."""
+    keep: PositiveInt = 2
+    """Recovery checkpoints kept besides milestones."""
+    milestone_every: Duration | None = None
+    """Between checkpoints that are never deleted."""
+
+
+class PreviewConfig(Section):
+    """Pictures of held prompts after a stage."""
+
+    guidance_scale: Annotated[float, Field(ge=1)] = 4.5
+    num_inference_steps: PositiveInt = 20
+    scheduler: str = "DPMSolverMultistepScheduler"
+    """Class name of a diffusers scheduler."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    count: PositiveInt = 24
+    """Prompts in the grid."""
+
+
+class StageConfig(Section):
+    """One objective at one resolution, with an init source and a length."""
+
+    name: Name
+    description: str = ""
+    paper: bool = False
+    """Uses the published setting where a faster one is the default: fp32 self-attention."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 43
+    length: Duration
+    global_batch_size: PositiveInt
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    model: ModelConfig
+    init: InitConfig
+    data: DataConfig
+    order: OrderConfig = OrderConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    checkpoint: CheckpointConfig
+    previews: PreviewConfig = PreviewConfig()
+    paper_gpus: PositiveInt | None = None
+    """V100s that the paper used for this stage (Table 4)."""
+    paper_gpu_days: PositiveFloat | None = None
+    """V100-days that the paper states for this stage (Table 4)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = []
+        if self.init.source == "reparameterise" and self.model.kind != "pixart":
+            problems.append("init.source reparameterise makes a PixArt net, but model.kind is dit")
+        if self.init.stage == self.name:
+            problems.append(f"init.stage is the stage itself ({self.name!r}); name the one before")
+        if self.optimizer.warmup_steps > self.total_steps:
+            problems.append(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} exceeds the stage's {self.total_steps} steps; "
+                "lower it or lengthen the stage"
+            )
+        if isinstance(self.execution.checkpointed_blocks, int) and self.execution.checkpointed_blocks > self.model.depth:
+            problems.append(
+                f"execution.checkpointed_blocks {self.execution.checkpointed_blocks} exceeds model.depth {self.model.depth}; "
+                "use all"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        return self.length.in_steps(self.global_batch_size)
+
+    @property
+    def total_images(self) -> int:
+        return self.length.in_images(self.global_batch_size)
+
+    @property
+    def fp32_attention(self) -> bool:
+        return self.paper or self.model.fp32_attention
+
+
+class ChainConfig(Section):
+    """Ordered stages; how each starts is in its own `init`."""
+
+    name: Name
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _handovers(self) -> Self:
+        problems: list[str] = []
+        before: dict[str, StageConfig] = {}
+        for stage in self.stages:
+            if stage.name in before:
+                problems.append(f"two stages are called {stage.name}")
+            origin = before.get(stage.init.stage or "")
+            if stage.init.stage is not None and origin is None:
+                problems.append(f"{stage.name}.init.stage {stage.init.stage!r} is not an earlier stage ({', '.join(before) or 'none'})")
+            if origin is not None:
+                wanted = "dit" if stage.init.source == "reparameterise" else stage.model.kind
+                if origin.model.kind != wanted:
+                    problems.append(
+                        f"{stage.name}.init.source {stage.init.source} needs a {wanted} net from {origin.name}, "
+                        f"which trains a {origin.model.kind}"
+                    )
+                for key in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "mlp_ratio"):
+                    ours, theirs = getattr(stage.model, key), getattr(origin.model, key)
+                    if ours != theirs:
+                        problems.append(f"{stage.name}.model.{key} {ours} differs from {origin.name}.model.{key} {theirs}")
+            before[stage.name] = stage
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class LatentsConfig(Section):
+    """One set of latents that `prepare` writes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """`256-square`, `512`, `1024`, …"""
+    square: PositiveInt | None = None
+    """Side in pixels: every picture is resized on its shorter side and centre-cropped to a square."""
+    sizes: Annotated[tuple[Size, ...], Field(strict=False)] | Literal["paper-256", "paper-512", "paper-1024"] | None = None
+    """One (height, width) in pixels for each ratio of `ratios`, or the paper's table at 256, 512 or 1024 px."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.square is None) == (self.sizes is None):
+            raise ValueError("give exactly one of square and sizes")
+        return self
+
+
+class PrepareConfig(Section):
+    """Pictures and captions on disk to a prepared set."""
+
+    source: str
+    """Folder of pictures; beside each NAME.png or NAME.jpg its caption NAME.txt. The folder a picture lies in is its class."""
+    output: str
+    """Folder of the prepared set."""
+    caption_suffix: str = ".txt"
+    """`.txt` takes NAME.txt (the dense caption), `.short.txt` takes NAME.short.txt."""
+    vae: str
+    """Folder (or hub name) of a diffusers AutoencoderKL."""
+    text_encoder: str
+    """Folder (or hub name) of a transformers T5EncoderModel with its tokenizer."""
+    max_tokens: PositiveInt = 120
+    ratios: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] | Literal["paper"] = "paper"
+    """Aspect ratios (height / width) by which rows are partitioned: the paper's 40, or an own list, rising."""
+    latents: Annotated[tuple[LatentsConfig, ...], Field(strict=False, min_length=1)]
+    rows_per_group: PositiveInt = 128
+    """Rows of one shard of captions and of each shard of latents."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the order in which pictures are written."""
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Held prompts whose features are stored for previews."""
+    batch_size: PositiveInt = 32
+    """Pictures or captions encoded at once."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = []
+        if self.ratios != "paper" and list(self.ratios) != sorted(set(self.ratios)):
+            problems.append(f"ratios must rise without repeats, not {list(self.ratios)}")
+        names = [latents.name for latents in self.latents]
+        problems += [f"two latents are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+        for latents in self.latents:
+            if isinstance(latents.sizes, str):
+                if self.ratios != "paper":
+                    problems.append(f"latents {latents.name}: {latents.sizes} needs ratios: paper")
+            elif latents.sizes is not None:
+                if self.ratios == "paper":
+                    problems.append(f"latents {latents.name}: ratios: paper needs sizes paper-256, paper-512 or paper-1024")
+                elif len(latents.sizes) != len(self.ratios):
+                    problems.append(f"latents {latents.name}: {len(latents.sizes)} sizes for {len(self.ratios)} ratios")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

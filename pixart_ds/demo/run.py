@@ -1,0 +1,248 @@
+"""The main job in small: pictures, a prepared set, the five stages, pictures again, an export and a cost report."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pixart_ds import files
+from pixart_ds.config.freeze import create_run, read_stage
+from pixart_ds.config.load import load_chain, load_prepare
+from pixart_ds.config.schema import StageConfig
+from pixart_ds.errors import EXIT_STOPPED, DataError, MachineError, PixArtError
+from pixart_ds.layout import RunLayout
+from pixart_ds.log import Log, duration
+
+ENCODERS = Path(__file__).parent / "encoders"
+INTERRUPTED_STAGE = "stage3_256"
+"""The stage that is stopped in the middle and resumed on another number of processes."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: `full` learns, `smoke` only runs every part."""
+
+    recipes: str
+    pictures: int
+    prompts: int
+
+
+SIZES = {"full": Size("demo", 6000, 48), "smoke": Size("smoke", 96, 6)}
+
+
+@dataclass
+class Demo:
+    """The demo in one folder; running it again goes on where it stopped.
+
+    Args:
+        out: Folder of everything that the demo makes.
+        size: A key of `SIZES`.
+        images: The user's own pictures and captions instead of drawn ones.
+        device: cpu or cuda.
+        processes: Ranks.
+    """
+
+    out: Path
+    size: str = "full"
+    images: Path | None = None
+    device: str = "cpu"
+    processes: int = 2
+    times: list[tuple[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.about = SIZES[self.size]
+        self.log = Log("demo")
+        self.pictures = self.images or self.out / "pictures"
+        self.data = self.out / "data"
+        self.run_layout = RunLayout(self.out / "run")
+        self.grids = self.out / "grids"
+
+    def run(self) -> int:
+        """Does what is not done yet; returns the exit code."""
+        self._check_device()
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.images is None:
+            with self._part("draw pictures"):
+                self._draw()
+        else:
+            self.log.event(f"your own pictures from {self.images}; the toy VAE has only seen drawn scenes, so expect blurred pictures")
+        with self._part("prepare latents and caption features"):
+            self._prepare()
+        run = self._create()
+        scores = []
+        for name in files.read_json(run.manifest)["stages"]:
+            stage = read_stage(run, name)
+            with self._part(f"train {name}"):
+                self._train(run, stage)
+            with self._part(f"sample {name}"):
+                scores.append((name, self._sample(stage)))
+        with self._part("export to diffusers and sample there"):
+            picture = self._export(stage)
+        report = self._cost_report()
+        self._summary(scores, picture, report)
+        return 0
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        self.log.event(f"── {name}")
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self.times.append((name, seconds))
+        self.log.event(f"   {name}: {duration(seconds)}")
+
+    def _check_device(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            if torch.cuda.device_count() < self.processes:
+                raise MachineError(
+                    f"{self.processes} processes need as many GPUs; this machine shows {torch.cuda.device_count()}",
+                    remedy="use DEVICE=cpu, or fewer --processes",
+                )
+
+    def _draw(self) -> None:
+        from pixart_ds.demo.pictures import write_pictures
+
+        write_pictures(self.pictures, self.about.pictures, seed=0)
+
+    def _prompts(self) -> list[str]:
+        if self.images is None:
+            from pixart_ds.demo.pictures import caption, held_out_scenes
+
+            return [caption(scene) for scene in held_out_scenes(self.about.prompts, seed=5)]
+        captions = sorted({path.read_text(encoding="utf-8").strip() for path in self.images.rglob("*.txt") if path.suffixes == [".txt"]})
+        if not captions:
+            raise DataError("there is no caption NAME.txt beside any picture", where=self.images, remedy="write one text file beside each picture")
+        return captions[:: max(1, len(captions) // self.about.prompts)][: self.about.prompts]
+
+    def _prepare(self) -> None:
+        from pixart_ds.prepare.pipeline import prepare
+
+        config = load_prepare(
+            f"{self.about.recipes}/prepare",
+            [
+                f"source={json.dumps(str(self.pictures))}",
+                f"output={json.dumps(str(self.data))}",
+                f"vae={json.dumps(str(ENCODERS / 'vae'))}",
+                f"text_encoder={json.dumps(str(ENCODERS / 'text'))}",
+                f"prompts={json.dumps(self._prompts())}",
+            ],
+        )
+        report = prepare(config, processes=self.processes)
+        for line in str(report).splitlines():
+            self.log.event(f"   {line}")
+
+    def _create(self) -> RunLayout:
+        from pixart_ds.data.shards import PreparedSet
+
+        classes = PreparedSet.open(self.data).description.classes
+        sets = json.dumps([{"path": str(self.data.resolve())}])
+        recipe = f"{self.about.recipes}/chain"
+        overrides = [f"*.data.sets={sets}", f"stage1.model.num_classes={max(1, len(classes))}"]
+        return create_run(self.run_layout.root, load_chain(recipe, overrides), recipe)
+
+    def _train(self, run: RunLayout, stage: StageConfig) -> None:
+        layout = run.stage(stage.name)
+        if layout.done.exists():
+            self.log.event("   is done already")
+            return
+        if stage.name == INTERRUPTED_STAGE and not layout.all_attempts():
+            self._train_half(run, stage)
+            fewer = 1 if self.processes > 1 else 2
+            self.log.event(f"   stopped with exit code {EXIT_STOPPED}; resumes on {fewer} process{'es' if fewer > 1 else ''} instead of {self.processes}")
+            self._supervise(run, stage, fewer).check()
+        else:
+            self._supervise(run, stage, self.processes).check()
+
+    def _supervise(self, run: RunLayout, stage: StageConfig, processes: int) -> _Supervised:
+        command = ["train", str(run.root), stage.name, "--processes", str(processes), "--device", self.device]
+        return _Supervised([sys.executable, "-m", "pixart_ds", *command], stage.name)
+
+    def _train_half(self, run: RunLayout, stage: StageConfig) -> None:
+        """Starts the stage, sends SIGTERM when half of it is done, and expects the exit code of a saved stop."""
+        supervised = self._supervise(run, stage, self.processes)
+        metrics = run.stage(stage.name).attempt(1).metrics
+        while supervised.process.poll() is None:
+            row = files.last_json_line(metrics)
+            if row is not None and row["images_seen"] >= stage.total_images // 2:
+                self.log.event(f"   SIGTERM to {stage.name} at {row['images_seen']} of {stage.total_images} images")
+                supervised.process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.1)
+        supervised.check(EXIT_STOPPED)
+
+    def _sample(self, stage: StageConfig) -> dict[str, float] | None:
+        """Draws the grid of a stage, and scores its pictures with the judge where the world is the drawn one."""
+        from pixart_ds.demo.grids import sample_and_score
+
+        return sample_and_score(self, stage)
+
+    def _export(self, stage: StageConfig) -> Path:
+        from pixart_ds.demo.grids import export_and_sample
+
+        return export_and_sample(self, stage)
+
+    def _cost_report(self) -> str:
+        script = Path(__file__).resolve().parents[2] / "tools" / "cost_report.py"
+        if not script.exists():
+            raise MachineError("tools/cost_report.py is not beside the package", where=script, remedy="run the demo from a checkout")
+        answer = subprocess.run([sys.executable, str(script), str(self.run_layout.root)], capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise PixArtError(f"the cost report failed:\n{answer.stderr}", where=script)
+        files.write_text(self.out / "cost_report.txt", answer.stdout)
+        return answer.stdout
+
+    def _summary(self, scores: Sequence[tuple[str, dict[str, float] | None]], picture: Path, report: str) -> None:
+        lines = ["", report.rstrip(), ""]
+        if any(score for _, score in scores):
+            names = ["place", "colour", "shape", "size", "ground", "all"]
+            lines.append("What a judge reads in the pictures of held-out prompts (share that is right):")
+            lines.append(f"  {'stage':<14}" + "".join(f"{name:>9}" for name in names))
+            for stage, score in scores:
+                if score:
+                    lines.append(f"  {stage:<14}" + "".join(f"{score[name]:9.2f}" if name in score else f"{'-':>9}" for name in names))
+            lines.append("")
+        lines.append("Time of each part:")
+        lines += [f"  {name:<44}{duration(seconds):>14}" for name, seconds in self.times]
+        lines.append(f"  {'together':<44}{duration(sum(seconds for _, seconds in self.times)):>14}")
+        lines += [
+            "",
+            "Where everything lies:",
+            f"  pictures of each stage   {self.grids}",
+            f"  run, checkpoints, logs   {self.run_layout.root}",
+            f"  diffusers pipeline       {self.out / 'pipeline'}  (its picture: {picture})",
+            f"  cost report              {self.out / 'cost_report.txt'}",
+            "",
+            "Next:",
+            f"  pixart-ds sample {self.run_layout.root} --prompt \"{self._prompts()[0]}\" --out picture.png",
+            f"  tensorboard --logdir {self.run_layout.root}",
+        ]
+        print("\n".join(lines), flush=True)
+
+
+class _Supervised:
+    """A stage's supervisor as a child process; a Ctrl-C of the terminal reaches both."""
+
+    def __init__(self, command: Sequence[str], name: str) -> None:
+        self.name = name
+        self.process = subprocess.Popen(command)
+
+    def check(self, expected: int = 0) -> None:
+        try:
+            code = self.process.wait()
+        except KeyboardInterrupt:
+            self.process.wait()  # it saves and leaves
+            raise
+        if code != expected:
+            error = PixArtError(f"{self.name} ended with exit code {code} instead of {expected}; its messages stand above")
+            error.exit_code = code if code in (2, 3, 4, 5, EXIT_STOPPED) else error.exit_code
+            raise error
+

@@ -1,0 +1,139 @@
+"""Files that are whole or not there: temporary name, sync, rename, sync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pixart_ds.errors import DataError, PixArtError
+
+_CHUNK_BYTES = 1 << 24
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no reader takes for a finished file; it is unique to this process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write_durable(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
+    """Writes `pieces` to `path` so that after a crash the file is whole or absent.
+
+    The file is written under a temporary name in the same folder, synced, renamed over `path`, and the folder is synced.
+
+    Raises:
+        OSError: The disk is full, the folder is read-only, …; the temporary file is removed first.
+    """
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            for piece in pieces:
+                view = memoryview(piece).cast("B")
+                for start in range(0, len(view), _CHUNK_BYTES):
+                    chunk = view[start : start + _CHUNK_BYTES]
+                    while chunk:  # a raw write may be short without being an error
+                        chunk = chunk[file.write(chunk) :]
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_durable` for UTF-8 text."""
+    write_durable(path, [text.encode()])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_durable` for JSON, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, *, error: type[PixArtError] = DataError, remedy: str | None = None) -> Any:
+    """The value of a JSON file; `error` names the file if it is absent or not JSON."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError as cause:
+        raise error(f"there is no file {path.name}", where=path, remedy=remedy) from cause
+    return parse_json(text, path, error=error, remedy=remedy)
+
+
+def parse_json(text: bytes, where: Path, *, error: type[PixArtError] = DataError, remedy: str | None = None) -> Any:
+    """The value of a JSON text; `error` says where it came from if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise error(f"{where.name} is not JSON: {cause}", where=where, remedy=remedy) from cause
+
+
+def last_json_line(path: Path, tail_bytes: int = 8192) -> Any | None:
+    """The value of a JSON-lines file's last whole line, or None; only the file's end is read."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - tail_bytes))
+        tail = file.read()
+    lines = tail[: tail.rfind(b"\n") + 1].splitlines()
+    return parse_json(lines[-1], path) if lines else None
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Appends one JSON object as a line, in one write (whole lines even with several writers on a local disk)."""
+    line = (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """The values of a JSON-lines file; a torn last line (a killed writer) is left out, a torn inner one raises."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = len(lines) - 1
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as cause:
+            if number == last:  # no newline behind it: it was never finished
+                return
+            raise DataError(f"line {number + 1} is not JSON: {line[:80]!r}", where=path) from cause
+
+
+def make_numbered(parent: Path, width: int = 4) -> tuple[int, Path]:
+    """Takes the next free number under `parent` by an exclusive mkdir, so that two processes never share one.
+
+    Returns:
+        The number (from 1) and its folder.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0)
+    while True:
+        folder = parent / f"{number:0{width}d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        sync_folder(parent)
+        return number, folder

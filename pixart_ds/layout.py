@@ -1,0 +1,192 @@
+"""Every name inside a run directory, spelt once (architecture: On disk)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_CHECKPOINT = re.compile(r"img-(\d{12})-a(\d{4})-l(\d{2})")
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """One execution of a chain."""
+
+    root: Path
+
+    @property
+    def chain(self) -> Path:
+        return self.root / "chain.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    def stage(self, name: str) -> StageLayout:
+        return StageLayout(self.root / name)
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """One stage of a run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "stage.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.root / "deepspeed.json"
+
+    @property
+    def stop_request(self) -> Path:
+        """A file that asks the stage to stop at the next step boundary."""
+        return self.root / "stop"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def previews(self) -> Path:
+        return self.root / "previews"
+
+    @property
+    def handover(self) -> Path:
+        return self.root / "handover"
+
+    @property
+    def done(self) -> Path:
+        return self.root / "DONE.json"
+
+    def attempt(self, number: int) -> AttemptLayout:
+        return AttemptLayout(self.attempts / f"{number:04d}")
+
+    def all_attempts(self) -> list[AttemptLayout]:
+        """The attempts there are, oldest first."""
+        if not self.attempts.is_dir():
+            return []
+        return [AttemptLayout(p) for p in sorted(self.attempts.iterdir()) if p.name.isdigit()]
+
+
+@dataclass(frozen=True)
+class AttemptLayout:
+    """One allocation's life inside a stage."""
+
+    root: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.root.name)
+
+    @property
+    def env(self) -> Path:
+        return self.root / "env.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def audit(self) -> Path:
+        return self.root / "audit.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the TensorBoard event files: the attempt's own."""
+        return self.root
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.root / "heartbeat"
+
+    @property
+    def stopped(self) -> Path:
+        """Rank 0's marker: asked to stop, saved, committed."""
+        return self.root / "stopped.json"
+
+    @property
+    def outcome(self) -> Path:
+        return self.root / "outcome.json"
+
+    def start(self, launch: int) -> Path:
+        """Which checkpoint and skips a launch started from; durable before its first step."""
+        return self.root / f"start-l{launch:02d}.json"
+
+    def rank_log(self, launch: int, rank: int) -> Path:
+        return self.root / f"rank-{rank:05d}-l{launch:02d}.txt"
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointName:
+    """`img-000171000000-a0003-l01`: the clock, the attempt and the launch that wrote it."""
+
+    images_seen: int
+    attempt: int
+    launch: int
+
+    def __str__(self) -> str:
+        return f"img-{self.images_seen:012d}-a{self.attempt:04d}-l{self.launch:02d}"
+
+    @classmethod
+    def parse(cls, name: str) -> CheckpointName | None:
+        """The parts of a folder's name, or None where it is no checkpoint's."""
+        found = _CHECKPOINT.fullmatch(name)
+        return cls(*map(int, found.groups())) if found else None
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """One checkpoint: a file per rank, a manifest, and the marker that makes it count."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def marker(self) -> Path:
+        return self.root / "COMMITTED"
+
+    def rank_file(self, rank: int, world_size: int) -> Path:
+        return self.root / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class HandoverLayout:
+    """What a stage gives to the next one."""
+
+    root: Path
+
+    @property
+    def raw(self) -> Path:
+        return self.root / "raw.safetensors"
+
+    @property
+    def ema(self) -> Path:
+        return self.root / "ema.safetensors"
+
+    @property
+    def lineage(self) -> Path:
+        """Written last: a handover without it is not there."""
+        return self.root / "lineage.json"

@@ -1,0 +1,1 @@
+"""Training of one stage by one rank among many."""

@@ -1,0 +1,34 @@
+"""What can be known before a process is started: the sets fit the recipe, the stage before has handed over."""
+
+from __future__ import annotations
+
+from pixart_ds.config.freeze import read_stage
+from pixart_ds.config.schema import StageConfig
+from pixart_ds.errors import CheckpointError
+from pixart_ds.layout import HandoverLayout, RunLayout
+from pixart_ds.train.sets import open_sets, order_of
+
+
+def preflight(run: RunLayout, stage: StageConfig) -> None:
+    """Checks a stage's data and origin without torch and without a process.
+
+    Raises:
+        DataError, ConfigError: The sets are missing, damaged, or do not fit the recipe.
+        CheckpointError: The stage before has handed nothing over.
+    """
+    check_origin(run, stage)
+    order_of(stage, open_sets(stage))
+
+
+def check_origin(run: RunLayout, stage: StageConfig) -> None:
+    """Raises CheckpointError unless the stage that this one starts from has handed over."""
+    if stage.init.stage is None:
+        return
+    read_stage(run, stage.init.stage)
+    folder = run.stage(stage.init.stage).handover
+    if not HandoverLayout(folder).lineage.exists():
+        raise CheckpointError(
+            f"{stage.name} starts from {stage.init.stage}, which has handed nothing over yet",
+            where=folder,
+            remedy=f"finish it first: pixart-ds train {run.root} {stage.init.stage}",
+        )

@@ -1,0 +1,63 @@
+"""The prepared sets of a stage: opened, held against the recipe, joined into one order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pixart_ds.config.schema import StageConfig
+from pixart_ds.data.shards import PreparedSet
+from pixart_ds.errors import ConfigError
+from pixart_ds.plan.order import Order
+
+
+def open_sets(stage: StageConfig) -> list[PreparedSet]:
+    """Opens and checks every set of the stage.
+
+    Raises:
+        DataError: A set is missing, unfinished or damaged.
+        ConfigError: The sets do not fit the recipe or each other; all reasons at once.
+    """
+    sets = [PreparedSet.open(Path(config.path)) for config in stage.data.sets]
+    problems = [line for prepared, config in zip(sets, stage.data.sets, strict=True) for line in _problems(stage, prepared, config.path)]
+    for prepared, config in zip(sets[1:], stage.data.sets[1:], strict=True):
+        for key in ("scaling_factor", "shift_factor", "vae_fingerprint", "text_fingerprint", "ratios"):
+            first, other = getattr(sets[0].description, key), getattr(prepared.description, key)
+            if first != other:
+                problems.append(f"{config.path}: {key} {other} differs from that of {stage.data.sets[0].path}, {first}")
+    if problems:
+        raise ConfigError(
+            f"the data of {stage.name} do not fit its recipe:\n" + "\n".join(f"  - {line}" for line in problems),
+            remedy="mend the recipe, or prepare the set with the encoders that the recipe is written for",
+        )
+    return sets
+
+
+def _problems(stage: StageConfig, prepared: PreparedSet, path: str) -> list[str]:
+    net, about = stage.model, prepared.description
+    problems = []
+    if about.latent_channels != net.in_channels:
+        problems.append(f"{path}: latents have {about.latent_channels} channels, model.in_channels is {net.in_channels}")
+    if net.kind == "pixart":
+        assert net.caption_channels is not None
+        assert net.max_tokens is not None
+        if about.caption_channels != net.caption_channels:
+            problems.append(
+                f"{path}: caption features have {about.caption_channels} channels, model.caption_channels is {net.caption_channels}"
+            )
+        if about.max_tokens > net.max_tokens:
+            problems.append(f"{path}: captions have up to {about.max_tokens} tokens, model.max_tokens is {net.max_tokens}")
+    elif len(about.classes) > (net.num_classes or 0):
+        problems.append(f"{path}: there are {len(about.classes)} classes, model.num_classes is {net.num_classes}")
+    info = about.latents.get(stage.data.latents)
+    if info is not None:  # a name that is not there has its own message, from the set
+        odd = [size for size in info.sizes if size[0] % net.patch_size or size[1] % net.patch_size]
+        if odd:
+            problems.append(f"{path}: latents of sizes {odd} cannot be cut into patches of {net.patch_size}")
+    return problems
+
+
+def order_of(stage: StageConfig, sets: list[PreparedSet]) -> Order:
+    """The order in which the stage reads its sets."""
+    rows = [prepared.rows_for(stage.data.latents, config) for prepared, config in zip(sets, stage.data.sets, strict=True)]
+    shape = stage.order
+    return Order(rows, seed=stage.seed, lanes=shape.lanes, strip_length=shape.strip_length, window=shape.window)

@@ -1,0 +1,63 @@
+"""Where each stage of a run stands, read from its folder alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pixart_ds import files
+from pixart_ds.config.freeze import read_stage
+from pixart_ds.errors import ConfigError
+from pixart_ds.layout import AttemptLayout, CheckpointLayout, CheckpointName, RunLayout, StageLayout
+from pixart_ds.log import si
+
+
+def run_status(run: RunLayout) -> list[dict[str, Any]]:
+    """One row for each stage: state, images, attempts, the newest checkpoint, the last loss."""
+    return [_row(run, name) for name in files.read_json(run.manifest, error=ConfigError)["stages"]]
+
+
+def _row(run: RunLayout, name: str) -> dict[str, Any]:
+    stage, layout = read_stage(run, name), run.stage(name)
+    attempts = layout.all_attempts()
+    last = _last_metrics(attempts)
+    outcomes = [files.read_json(a.outcome)["outcome"] if a.outcome.exists() else "running or lost" for a in attempts]
+    if layout.done.exists():
+        state = "done"
+    elif attempts:
+        state = outcomes[-1]
+    else:
+        state = "not started"
+    return {
+        "stage": name,
+        "state": state,
+        "images_seen": int(last.get("images_seen", 0)),
+        "total_images": stage.total_images,
+        "attempts": len(attempts),
+        "outcomes": outcomes,
+        "checkpoint": _newest(layout),
+        "loss": last.get("loss"),
+    }
+
+
+def _newest(layout: StageLayout) -> str | None:
+    if not layout.checkpoints.is_dir():
+        return None
+    names = [CheckpointName.parse(p.name) for p in layout.checkpoints.iterdir() if CheckpointLayout(p).marker.exists()]
+    return str(max(name for name in names if name is not None)) if any(names) else None
+
+
+def _last_metrics(attempts: list[AttemptLayout]) -> dict[str, Any]:
+    for attempt in reversed(attempts):
+        if (row := files.last_json_line(attempt.metrics)) is not None:
+            return dict(row)
+    return {}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    lines = [f"{'stage':<14}{'state':<18}{'images':>20}{'attempts':>10}{'loss':>9}  newest checkpoint"]
+    for row in rows:
+        images = f"{si(row['images_seen'])} of {si(row['total_images'])}"
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+        lines.append(f"{row['stage']:<14}{row['state']:<18}{images:>20}{row['attempts']:>10}{loss:>9}  {row['checkpoint'] or '-'}")
+    return "\n".join(lines)
