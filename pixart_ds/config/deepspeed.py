@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: the recipe owns what is trained and fills in "auto"; the file owns how; every disagreement comes at once."""
+"""DeepSpeed's JSON: the recipe owns what is trained and fills in "auto"; the file owns how."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _NOT_OURS: dict[str, str] = {
     "optimizer": "AdamW with the EMA is the engine's, its numbers are the recipe's (optimizer.*)",
     "scheduler": "the learning rate follows from the recipe (optimizer.warmup_steps, decay_fraction)",
     "elasticity": "DeepSpeed 0.19 has removed it; a checkpoint resumes at any world as it is",
-    "torch_autocast": "with fp16 it clips scaled gradients and never recovers from an overflow; the recipe's precision picks fp16 or bf16",
-    "amp": "DeepSpeed 0.19 has removed it; the recipe's precision picks fp16 or bf16",
+    "torch_autocast": "with fp16 it clips scaled gradients and never recovers from an overflow; use the recipe's precision",
+    "amp": "DeepSpeed 0.19 has removed it; use the recipe's precision",
     "activation_checkpointing": "DeepSpeed's breaks on tensors that blocks share; use execution.checkpointed_blocks",
     "checkpoint": "checkpoints are written in our own format, not in DeepSpeed's",
     "data_efficiency": "the order of the data is ours (order.*)",
@@ -60,7 +60,9 @@ def _find(name_or_path: str) -> Path:
     if given.suffix == ".json" or len(given.parts) > 1:
         if given.is_file():
             return given
-        raise ConfigError(f"there is no DeepSpeed file {given.name}", where=given.absolute(), remedy="mend execution.deepspeed")
+        raise ConfigError(
+            f"there is no DeepSpeed file {given.name}", where=given.absolute(), remedy="mend execution.deepspeed"
+        )
     for folder in FOLDERS:
         if (path := folder / f"{name_or_path}.json").is_file():
             return path
@@ -100,8 +102,8 @@ def merge(stage: StageConfig, raw: Mapping[str, Any], where: object | None = Non
         where: Where `raw` comes from, for the message; by default the recipe's execution.deepspeed.
 
     Raises:
-        ConfigError: Every disagreement between file and recipe with both sides, every key that must not be there with the
-            reason, every "auto" that nothing fills.
+        ConfigError: All at once: every disagreement between file and recipe with both sides, every key that must not be
+            there with the reason, every "auto" that nothing fills.
     """
     merged: dict[str, Any] = copy.deepcopy(dict(raw))
     problems = [f"{key}: remove it; {reason}" for key, reason in _NOT_OURS.items() if _get(merged, key) is not _ABSENT]
@@ -124,7 +126,8 @@ def merge(stage: StageConfig, raw: Mapping[str, Any], where: object | None = Non
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
-            f"{count} between the DeepSpeed file and the recipe {stage.name}:\n" + "\n".join(f"  - {line}" for line in problems),
+            f"{count} between the DeepSpeed file and the recipe {stage.name}:\n"
+            + "\n".join(f"  - {line}" for line in problems),
             where=where or f"execution.deepspeed: {stage.execution.deepspeed}",
         )
     return merged
@@ -162,4 +165,8 @@ def _autos(values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _json(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}.get(value, repr(value)) if isinstance(value, bool | None) else repr(value)
+    return (
+        {True: "true", False: "false", None: "null"}.get(value, repr(value))
+        if isinstance(value, bool | None)
+        else repr(value)
+    )

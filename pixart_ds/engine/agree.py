@@ -109,7 +109,9 @@ def together(world: World, action: Callable[[], Result], *, ranks: range | None 
             said = {"result": action()}
         except Exception as error:
             own = error
-            what = error.what if isinstance(error, PixArtError) else f"rank {world.rank}: {type(error).__name__}: {error}"
+            what = (
+                error.what if isinstance(error, PixArtError) else f"rank {world.rank}: {type(error).__name__}: {error}"
+            )
             known = isinstance(error, PixArtError)
             said = {
                 "error": type(error).__name__ if known else "PixArtError",

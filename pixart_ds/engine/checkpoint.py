@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file for each rank, a manifest, a marker; saved together, read by anyone, resumed at any world."""
+"""Checkpoints: a safetensors file for each rank, a manifest, a marker; saved together, resumed at any world."""
 
 from __future__ import annotations
 
@@ -47,19 +47,25 @@ class Reader:
         if not names.marker.exists():
             what = "is not committed: its save was not finished" if self.folder.is_dir() else "is not there"
             raise CheckpointError(
-                f"the checkpoint {self.folder.name} {what}", where=self.folder, remedy="use another one, with a file COMMITTED in it"
+                f"the checkpoint {self.folder.name} {what}",
+                where=self.folder,
+                remedy="use another one, with a file COMMITTED in it",
             )
         marker = files.read_json(names.marker, error=CheckpointError)
         if not isinstance(marker, dict) or marker.get("format") != FORMAT:
             found = marker.get("format") if isinstance(marker, dict) else marker
             raise CheckpointError(
-                f"the checkpoint has format {found!r}, this version reads {FORMAT}", where=names.marker, remedy="use the version that wrote it"
+                f"the checkpoint has format {found!r}, this version reads {FORMAT}",
+                where=names.marker,
+                remedy="use the version that wrote it",
             )
         self.milestone: bool = marker["milestone"]
         self.files = [FileRecord.from_json(name, values) for name, values in marker["files"].items()]
         self._refuse([problem(self.folder, wanted, whole=wanted.name == names.manifest.name) for wanted in self.files])
         self.manifest: dict[str, Any] = files.read_json(names.manifest, error=CheckpointError)
-        places = tuple(Place(entry["name"], entry["offset"], tuple(entry["shape"])) for entry in self.manifest["parameters"])
+        places = tuple(
+            Place(entry["name"], entry["offset"], tuple(entry["shape"])) for entry in self.manifest["parameters"]
+        )
         self.layout = FlatLayout(places, self.manifest["partition"], self.manifest["world_size"])
         self._refuse(self.layout.problems())
         self._places = {place.name: place for place in places}
@@ -127,7 +133,9 @@ class Reader:
         """The net's whole state in fp32 with the masters or their EMA as weights; checksums are compared first."""
         if not self._verified:
             self.verify()
-        return {place.name: self.fetch(place.name, key).view(place.shape) for place in self.layout.places} | self.fixed()
+        return {
+            place.name: self.fetch(place.name, key).view(place.shape) for place in self.layout.places
+        } | self.fixed()
 
     def _file(self, rank: int) -> Any:
         if rank not in self._open:
@@ -148,10 +156,14 @@ class Shelf:
         keep: Recovery checkpoints kept besides milestones.
     """
 
-    def __init__(self, layout: StageLayout, attempt: int, launch: int, engine: Engine, world: World, *, keep: int) -> None:
+    def __init__(
+        self, layout: StageLayout, attempt: int, launch: int, engine: Engine, world: World, *, keep: int
+    ) -> None:
         if not 0 <= launch <= lines.MAX_LAUNCHES:
             raise CheckpointError(
-                f"launch {launch} does not fit into a checkpoint's name", where=layout.root, remedy="begin a new attempt: start the stage again"
+                f"launch {launch} does not fit into a checkpoint's name",
+                where=layout.root,
+                remedy="begin a new attempt: start the stage again",
             )
         self.layout = layout
         self.engine = engine
@@ -162,7 +174,7 @@ class Shelf:
 
     @staticmethod
     def newest_of(layout: StageLayout, attempt: int, launch: int, world: World | None = None) -> CheckpointName | None:
-        """The checkpoint that a launch goes on from; None where the stage begins. With `world`, rank 0 looks for all."""
+        """The checkpoint that a launch goes on from, or None. With `world`, rank 0 looks for all."""
         if world is None:
             return lines.newest(layout, (attempt, launch))
         name = on_first(world, lambda: _text(lines.newest(layout, (attempt, launch))))
@@ -215,9 +227,10 @@ class Shelf:
         on_first(self.world, lambda: lines.write_start(self.layout, lines.Start(self._number, self._origin, state)))
 
     def save(self, images_seen: int, state: dict[str, Any], milestone: bool = False) -> CheckpointName:
-        """Writes and commits a checkpoint, then deletes what is no longer needed. It counts when this returns, not before.
+        """Writes and commits a checkpoint, then deletes what is no longer needed. It counts when this returns.
 
-        Every rank writes its file, reads it back and compares; rank 0 sees all files, writes the manifest, then the marker.
+        Every rank writes its file, reads it back and compares; rank 0 sees all files, writes the manifest, then
+        the marker.
 
         Args:
             images_seen: The clock.
@@ -235,7 +248,9 @@ class Shelf:
         records = together(self.world, lambda: list(vars(self._write_own(names)).values()))
         ranks = [FileRecord(*values) for values in records]
         on_first(self.world, lambda: self._commit(names, ranks, images_seen, state, milestone))
-        on_first(self.world, lambda: [str(old) for old in lines.delete_expendable(self.layout, self._number, self.keep)])
+        on_first(
+            self.world, lambda: [str(old) for old in lines.delete_expendable(self.layout, self._number, self.keep)]
+        )
         return name
 
     def _make_room(self, folder: Path) -> None:
@@ -269,10 +284,13 @@ class Shelf:
             )
         return written
 
-    def _commit(self, names: CheckpointLayout, ranks: list[FileRecord], images_seen: int, state: dict[str, Any], milestone: bool) -> None:
+    def _commit(
+        self, names: CheckpointLayout, ranks: list[FileRecord], images_seen: int, state: dict[str, Any], milestone: bool
+    ) -> None:
         if missing := [text for wanted in ranks if (text := problem(names.root, wanted, whole=False)) is not None]:
             raise MachineError(
-                "files that other ranks have written are not seen by rank 0:\n" + "\n".join(f"  - {text}" for text in missing),
+                "files that other ranks have written are not seen by rank 0:\n"
+                + "\n".join(f"  - {text}" for text in missing),
                 where=names.root,
                 remedy="put the run on a file system that all nodes share",
             )
@@ -281,7 +299,12 @@ class Shelf:
             "format": FORMAT,
             "images_seen": images_seen,
             "milestone": milestone,
-            "written_by": {"attempt": self._number[0], "launch": self._number[1], "package": __version__, "torch": torch.__version__},
+            "written_by": {
+                "attempt": self._number[0],
+                "launch": self._number[1],
+                "package": __version__,
+                "torch": torch.__version__,
+            },
             "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "started_from": _text(self._origin),
             "config": engine.fingerprints,
@@ -291,14 +314,19 @@ class Shelf:
             "state": state,
             "shards": list(SHARD_KEYS),
             "parameters": [
-                {"name": place.name, "offset": place.offset, "shape": list(place.shape), "dtype": "F32"} for place in engine.layout.places
+                {"name": place.name, "offset": place.offset, "shape": list(place.shape), "dtype": "F32"}
+                for place in engine.layout.places
             ],
-            "fixed": [{"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype_name} for spec in _fixed_specs(engine)],
+            "fixed": [
+                {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype_name}
+                for spec in _fixed_specs(engine)
+            ],
         }
         files.write_json(names.manifest, manifest)
         records = [record(names.manifest), *ranks]
         files.write_json(
-            names.marker, {"format": FORMAT, "milestone": milestone, "files": {entry.name: entry.to_json() for entry in records}}
+            names.marker,
+            {"format": FORMAT, "milestone": milestone, "files": {entry.name: entry.to_json() for entry in records}},
         )
 
 

@@ -1,4 +1,4 @@
-"""Training under ZeRO-2: exact gradient sums, one reduction a step, fp32 masters with EMA, all ranks stepping together."""
+"""Training under ZeRO-2: exact gradient sums, one reduction a step, fp32 masters with EMA, all ranks together."""
 
 from __future__ import annotations
 
@@ -54,15 +54,20 @@ class StepResult:
 class Engine:
     """A net under DeepSpeed's ZeRO-2.
 
-    Each micro-batch's gradient is added to a local fp32 sum. A step reduces the sum once, in fp32, so that each rank gets its
-    partition; DeepSpeed then takes the norm, clips, updates the fp32 masters and gathers the 16-bit copies. Backward holds no
-    collective: ranks may run different numbers of micro-batches, or none, and the sum is the same for any of their sizes.
+    Each micro-batch's gradient is added to a local fp32 sum. A step reduces the sum once, in fp32, so that each rank gets
+    its partition; DeepSpeed then takes the norm, clips, updates the fp32 masters and gathers the 16-bit copies. Backward
+    holds no collective: ranks may run different numbers of micro-batches, or none.
 
     Make it with `build`; then `initialise`, or resume through `Shelf`.
     """
 
     def __init__(
-        self, deepspeed_engine: Any, stage: StageConfig, world: World, frozen: dict[str, torch.Tensor], fingerprints: dict[str, str]
+        self,
+        deepspeed_engine: Any,
+        stage: StageConfig,
+        world: World,
+        frozen: dict[str, torch.Tensor],
+        fingerprints: dict[str, str],
     ) -> None:
         self.net = deepspeed_engine
         """The net under DeepSpeed; call it like the net itself."""
@@ -80,7 +85,9 @@ class Engine:
         compat.stop_reducing_in_backward(self.net)
         compat.keep_going_at_minimum_scale(self.net)
         for parameter, place in zip(self._zero.bit16_groups[0], self.layout.places, strict=True):
-            parameter.register_post_accumulate_grad_hook(_adding_to(self._sum[place.offset : place.end].view(place.shape)))
+            parameter.register_post_accumulate_grad_hook(
+                _adding_to(self._sum[place.offset : place.end].view(place.shape))
+            )
 
     @classmethod
     def build(cls, net: nn.Module, stage: StageConfig, world: World, config: dict[str, Any]) -> Engine:
@@ -98,7 +105,7 @@ class Engine:
         return cls(compat.initialise(net, adam, config, world.device), stage, world, frozen, fingerprints)
 
     def _read_layout(self) -> FlatLayout:
-        """The flat shards' layout as DeepSpeed made it; its assumptions are checked, for all that is stored rests on them."""
+        """The flat shards' layout as DeepSpeed made it, checked: all that is stored rests on it."""
         zero = self._zero
         if len(zero.bit16_groups) != 1 or zero.round_robin_gradients or any(map(any, zero.round_robin_bit16_padding)):
             raise RuntimeError("DeepSpeed's shards are not one sequence of parameters back to back")
@@ -136,7 +143,7 @@ class Engine:
 
         Args:
             loss: Scalar; each sample weighs 1/N in it, for a step of N samples over all ranks. A non-finite one spoils
-                the sum, so that `step` refuses it on all ranks: the factor below is exactly 1 for a finite loss, NaN otherwise.
+                the sum, so that `step` refuses it on all ranks: the factor below is exactly 1 for a finite loss, else NaN.
         """
         self.net.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
 
@@ -162,7 +169,10 @@ class Engine:
     def _learning_rate(self) -> float:
         optimizer: OptimizerConfig = self._stage.optimizer
         return learning_rate(
-            optimizer, self.applied_steps, global_batch_size=self._stage.global_batch_size, total_steps=self._stage.total_steps
+            optimizer,
+            self.applied_steps,
+            global_batch_size=self._stage.global_batch_size,
+            total_steps=self._stage.total_steps,
         )
 
     # ---- weights and state -----------------------------------------------------------------------------------------
@@ -206,7 +216,7 @@ class Engine:
             )
 
     def shard(self, key: str) -> torch.Tensor:
-        """This rank's flat fp32 shard `master`, `exp_avg`, `exp_avg_sq` or `ema`: (partition,), padding included; a view."""
+        """This rank's flat fp32 shard of a key, `master`, `exp_avg`, …: (partition,), padding included; a view."""
         master: torch.Tensor = self._zero.single_partition_of_fp32_groups[0]
         return master.detach() if key == "master" else self._adam.state[master][key]
 
@@ -214,7 +224,9 @@ class Engine:
         """Buffers and frozen parameters (in fp32): what lies in no shard and is equal on all ranks."""
         moving = {id(parameter) for parameter in self._zero.bit16_groups[0]}
         state = self.module.state_dict(keep_vars=True)
-        return {name: self._frozen.get(name, tensor.detach()) for name, tensor in state.items() if id(tensor) not in moving}
+        return {
+            name: self._frozen.get(name, tensor.detach()) for name, tensor in state.items() if id(tensor) not in moving
+        }
 
     @torch.no_grad()
     def put(self, fetch: Fetch, keys: tuple[str, ...], fixed: Mapping[str, torch.Tensor]) -> None:
@@ -240,7 +252,7 @@ class Engine:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Makes the net's weights anew from the masters of all ranks. A collective: the all-gather that also ends a step."""
+        """Makes the net's weights anew from all ranks' masters, by the all-gather that also ends a step. A collective."""
         self._zero.update_lp_params()
 
     @torch.no_grad()

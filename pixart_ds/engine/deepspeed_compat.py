@@ -1,4 +1,4 @@
-"""Every work-around for the pinned DeepSpeed, in one place; each has a test that fails when a release makes it needless.
+"""Every work-around for the pinned DeepSpeed; each has a test that fails when a release makes it needless.
 
 The numbers and line references are those of DeepSpeed 0.19.8.
 """
@@ -44,9 +44,9 @@ def prepare(device: Literal["cpu", "cuda"]) -> None:
 def cpu_accelerator() -> CPU_Accelerator:
     """DeepSpeed's CPU accelerator, allowing fp16 and never compiling anything.
 
-    fp16: DeepSpeed asks whether oneDNN has fp16 kernels (avx512_fp16) and refuses otherwise, although torch computes in fp16 on
-    any CPU. Compiling: at every first connection it builds a C++ extension for `inference_all_reduce`, which training never
-    uses: 43 s, a compiler needed, and a lock that hangs the next start for ever if the build was killed.
+    fp16: DeepSpeed asks whether oneDNN has fp16 kernels (avx512_fp16) and refuses otherwise, although torch computes in
+    fp16 on any CPU. Compiling: at every first connection it builds a C++ extension for `inference_all_reduce`, which
+    training never uses: 43 s, a compiler needed, and a lock that hangs the next start for ever if the build was killed.
     """
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
@@ -69,8 +69,8 @@ def connect(backend: Literal["gloo", "nccl"], timeout: datetime.timedelta) -> No
 def give_clone_a_timeout(timeout: datetime.timedelta) -> None:
     """Makes the group that ZeRO communicates in, with our timeout.
 
-    DeepSpeed clones the world group without passing the timeout on (utils/groups.py, `_clone_world_group`), so a lost peer
-    would be noticed after gloo's 30 or NCCL's 10 minutes whatever was asked for.
+    DeepSpeed clones the world group without passing the timeout on (utils/groups.py, `_clone_world_group`), so a lost
+    peer would be noticed after gloo's 30 or NCCL's 10 minutes whatever was asked for.
     """
     from deepspeed.utils import groups
 
@@ -87,8 +87,10 @@ def disconnect() -> None:
     comm.comm.cdb = None
 
 
-def initialise(net: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device) -> Any:
-    """`deepspeed.initialize` on the given device: DeepSpeed takes LOCAL_RANK for the device's number unless it is told."""
+def initialise(
+    net: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
+) -> Any:
+    """`deepspeed.initialize` on a device: DeepSpeed takes LOCAL_RANK for the device's number unless it is told."""
     args = SimpleNamespace(device_rank=device.index) if device.type == "cuda" else None
     engine, *_ = load().initialize(args=args, model=net, optimizer=optimizer, config=config)
     return engine
@@ -104,7 +106,7 @@ def stop_reducing_in_backward(engine: Any) -> None:
 
 
 def give_gradient(engine: Any, group: int) -> torch.Tensor:
-    """The flat fp32 buffer in which DeepSpeed's `step` looks for this rank's partition of the gradient; fill it in place."""
+    """The flat fp32 buffer in which DeepSpeed's `step` looks for this rank's part of the gradient; fill it in place."""
     buffer = engine.optimizer._build_compact_grad_partition_buffer(group)
     engine.optimizer.averaged_gradients[group] = buffer
     flat: torch.Tensor = buffer.flat_partition
@@ -120,6 +122,6 @@ def reduce_scatter(output: torch.Tensor, whole: torch.Tensor, group: Any) -> Non
 def keep_going_at_minimum_scale(engine: Any) -> None:
     """Lets fp16 skip at the minimum loss scale, as bf16 and fp32 skip.
 
-    DeepSpeed raises a bare Exception there; our loop counts the consecutive skips in every precision, and ends with a reason.
+    DeepSpeed raises a bare Exception there; `StepResult.consecutive_skips` lets the loop end with a reason in any precision.
     """
     engine.optimizer.loss_scaler.raise_error_at_min_scale = False

@@ -50,10 +50,14 @@ def write_handover(engine: Engine, folder: Path, lineage: dict[str, Any]) -> Non
     for weights, shard in _SHARD_OF.items():
         record = _write_streamed(engine, _path(names, weights), shard, specs, fixed)
         records[weights] = {"file": record.name, **record.to_json()}
-    on_first(engine.world, lambda: files.write_json(names.lineage, {"format": FORMAT, "files": records, "lineage": lineage}))
+    on_first(
+        engine.world, lambda: files.write_json(names.lineage, {"format": FORMAT, "files": records, "lineage": lineage})
+    )
 
 
-def _write_streamed(engine: Engine, path: Path, shard: str, specs: list[TensorSpec], fixed: dict[str, torch.Tensor]) -> FileRecord:
+def _write_streamed(
+    engine: Engine, path: Path, shard: str, specs: list[TensorSpec], fixed: dict[str, torch.Tensor]
+) -> FileRecord:
     parameters = engine.full(shard, to=0)
 
     def tensors() -> Iterator[torch.Tensor]:
@@ -90,7 +94,9 @@ def read_handover(folder: Path, weights: Literal["raw", "ema"]) -> tuple[dict[st
     remedy = "finish the stage that hands over, or repeat its last steps: remove its DONE.json and train it again"
     value = files.read_json(names.lineage, error=CheckpointError, remedy=remedy)
     if value.get("format") != FORMAT:
-        raise CheckpointError(f"the handover has format {value.get('format')!r}, this version reads {FORMAT}", where=names.lineage)
+        raise CheckpointError(
+            f"the handover has format {value.get('format')!r}, this version reads {FORMAT}", where=names.lineage
+        )
     entry = value["files"][weights]
     if (wrong := problem(folder, FileRecord.from_json(entry["file"], entry), whole=True)) is not None:
         raise CheckpointError(f"the handover cannot be trusted: {wrong}", where=folder, remedy=remedy)

@@ -1,8 +1,8 @@
-"""The line of checkpoints: which of those on disk belong to this run's history, and which may be deleted. Files only, no torch.
+"""The line of checkpoints: which of those on disk belong to the run's history, and which may be deleted. No torch.
 
-An old attempt may live on, on a lost node or behind a slow file system, and write checkpoints that no one must resume from. So
-each launch says in its start file, before its first step, which checkpoint it started from; a reader walks back from the
-highest launch. What lies off that walk is ignored, whenever it was published.
+An old attempt may live on, on a lost node or behind a slow file system, and write checkpoints that no one must resume
+from. So each launch says in its start file, before its first step, which checkpoint it started from; a reader walks back
+from the highest launch. What lies off that walk is ignored, whenever it was published.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ class Start:
 def write_start(layout: StageLayout, start: Start) -> None:
     """Durably writes a launch's start file."""
     attempt, launch = start.number
-    value = {"format": 1, "attempt": attempt, "launch": launch, "from": start.origin and str(start.origin), "state": start.state}
+    value = {
+        "format": 1,
+        "attempt": attempt,
+        "launch": launch,
+        "from": start.origin and str(start.origin),
+        "state": start.state,
+    }
     files.write_json(layout.attempt(attempt).start(launch), value)
 
 
@@ -61,10 +67,16 @@ def _starts_of(attempt: AttemptLayout) -> list[Start]:
     for launch in range(MAX_LAUNCHES + 1):
         path = attempt.start(launch)
         if path.name in present:
-            value = files.read_json(path, error=CheckpointError, remedy="put the file back: it says where the launch started from")
+            value = files.read_json(
+                path, error=CheckpointError, remedy="put the file back: it says where the launch started from"
+            )
             origin = None if value["from"] is None else CheckpointName.parse(value["from"])
-            if value["from"] is not None and (origin is None or (origin.attempt, origin.launch) >= (attempt.number, launch)):
-                raise CheckpointError(f"the launch says it started from {value['from']!r}, which is no earlier checkpoint", where=path)
+            if value["from"] is not None and (
+                origin is None or (origin.attempt, origin.launch) >= (attempt.number, launch)
+            ):
+                raise CheckpointError(
+                    f"the launch says it started from {value['from']!r}, which is no earlier checkpoint", where=path
+                )
             starts.append(Start((attempt.number, launch), origin, value["state"]))
     return starts
 
@@ -77,7 +89,9 @@ def committed(layout: StageLayout) -> list[CheckpointName]:
 def _present(layout: StageLayout) -> list[CheckpointName]:
     if not layout.checkpoints.is_dir():
         return []
-    return sorted(name for path in layout.checkpoints.iterdir() if (name := CheckpointName.parse(path.name)) is not None)
+    return sorted(
+        name for path in layout.checkpoints.iterdir() if (name := CheckpointName.parse(path.name)) is not None
+    )
 
 
 def line(layout: StageLayout, upto: LaunchNumber | None = None) -> list[CheckpointName]:
@@ -97,7 +111,9 @@ def line(layout: StageLayout, upto: LaunchNumber | None = None) -> list[Checkpoi
     found: list[CheckpointName] = []
     while number is not None:
         found += [
-            name for name in there if (name.attempt, name.launch) == number and (limit is None or name.images_seen <= limit)
+            name
+            for name in there
+            if (name.attempt, name.launch) == number and (limit is None or name.images_seen <= limit)
         ]
         origin = starts[number].origin if number in starts else None
         number, limit = (None, None) if origin is None else ((origin.attempt, origin.launch), origin.images_seen)
@@ -114,7 +130,9 @@ def newest(layout: StageLayout, upto: LaunchNumber | None = None) -> CheckpointN
     if names:
         return names[-1]
     lost = sorted(
-        str(start.origin) for start in read_starts(layout).values() if start.origin is not None and (upto is None or start.number <= upto)
+        str(start.origin)
+        for start in read_starts(layout).values()
+        if start.origin is not None and (upto is None or start.number <= upto)
     )
     if lost:
         raise CheckpointError(
@@ -140,7 +158,10 @@ def is_milestone(layout: StageLayout, name: CheckpointName) -> bool:
 
 
 def expendable(
-    on_line: Sequence[CheckpointName], off_line: Sequence[CheckpointName], milestones: Collection[CheckpointName], keep: int
+    on_line: Sequence[CheckpointName],
+    off_line: Sequence[CheckpointName],
+    milestones: Collection[CheckpointName],
+    keep: int,
 ) -> list[CheckpointName]:
     """Which committed checkpoints may go: all but milestones and the newest `keep` others of the line; pure.
 

@@ -16,9 +16,9 @@ STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
 class AdamWEMA(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) that also keeps an exponential moving average of what it optimizes.
 
-    Under ZeRO its only parameter is this rank's flat fp32 shard, so the average is sharded and in fp32 for free, and a step
-    that was skipped leaves it alone. After the s-th applied step the average is `d·ema + (1 - d)·weights`, with d = `ema_decay`,
-    or min(`ema_decay`, (1 + s) / (10 + s)) under `ema_warmup`.
+    Under ZeRO its only parameter is this rank's flat fp32 shard, so the average is sharded and in fp32 for free, and a
+    step that was skipped leaves it alone. After the s-th applied step the average is `d·ema + (1 - d)·weights`, with
+    d = `ema_decay`, or min(`ema_decay`, (1 + s) / (10 + s)) under `ema_warmup`.
 
     Args:
         params: Parameters or groups, as for torch's AdamW.
@@ -27,7 +27,12 @@ class AdamWEMA(torch.optim.AdamW):
 
     def __init__(self, params: Iterable[torch.Tensor] | Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
         super().__init__(
-            params, lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+            params,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         self.ema_decay = config.ema_decay
         self.ema_warmup = config.ema_warmup

@@ -1,4 +1,4 @@
-"""Where each parameter lies in the flat fp32 shards: all parameters back to back, cut into one equal partition for each rank."""
+"""Where each parameter lies in the flat fp32 shards: back to back, cut into one equal partition for each rank."""
 
 from __future__ import annotations
 

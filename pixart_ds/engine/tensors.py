@@ -98,7 +98,9 @@ def write_tensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[tor
         write_durable(path, counted())
     except OSError as cause:
         raise MachineError(
-            f"cannot write {path.name}: {cause.strerror or cause}", where=path, remedy="free or enlarge the disk, then start again"
+            f"cannot write {path.name}: {cause.strerror or cause}",
+            where=path,
+            remedy="free or enlarge the disk, then start again",
         ) from cause
     return FileRecord(path.name, written, digest.hexdigest())
 
@@ -118,7 +120,11 @@ def header(specs: Sequence[TensorSpec]) -> bytes:
     entries: dict[str, Any] = {}
     at = 0
     for spec in specs:
-        entries[spec.name] = {"dtype": spec.dtype_name, "shape": list(spec.shape), "data_offsets": [at, at + spec.num_bytes]}
+        entries[spec.name] = {
+            "dtype": spec.dtype_name,
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.num_bytes],
+        }
         at += spec.num_bytes
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)

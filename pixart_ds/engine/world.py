@@ -60,7 +60,7 @@ def join_world(device: Literal["cpu", "cuda"], timeout: datetime.timedelta = TIM
         raise MachineError(
             f"rank {rank} of {size} could not join the others: {cause}",
             where=f"MASTER_ADDR:MASTER_PORT = {address}",
-            remedy="see that all ranks were started and that the first one's host can be reached under that name and port",
+            remedy="see that all ranks were started, and that the first one's host can be reached so",
         ) from cause
     return World(rank, size, local_rank, local_size, place)
 
@@ -96,7 +96,9 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int
                 problems.append(f"{part} is {numbers[part]}, but {whole} is {numbers[whole]}")
     if problems:
         raise MachineError(
-            "the environment does not say who this rank is: " + "; ".join(problems), where="environment variables", remedy=_LAUNCH
+            "the environment does not say who this rank is: " + "; ".join(problems),
+            where="environment variables",
+            remedy=_LAUNCH,
         )
     return numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
 
@@ -105,7 +107,11 @@ def _gpu(local_rank: int, local_size: int) -> torch.device:
     """This rank's GPU; a rank that sees a single one (`--gpus-per-task=1`) takes it whatever its number."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        raise MachineError("no CUDA GPU can be used here", where=os.uname().nodename, remedy="ask for GPUs in the job, or train with --device cpu")
+        raise MachineError(
+            "no CUDA GPU can be used here",
+            where=os.uname().nodename,
+            remedy="ask for GPUs in the job, or train with --device cpu",
+        )
     if 1 < count < local_size:
         raise MachineError(
             f"{local_size} ranks run on this machine, but it has {count} GPUs",

@@ -1,4 +1,4 @@
-"""The engine on one, two and three gloo ranks: each world is started twice, and everything is asserted on what it left."""
+"""The engine on one, two and three gloo ranks: each world is started twice, and what it left is asserted on."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def reference() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses, gradient norms and EMA of plain fp32 torch: AdamW, clipping, warm-up, on whole batches."""
     net, config = toy(), stage_of().optimizer
     params = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(params, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=False)
+    adam = torch.optim.AdamW(
+        params, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=False
+    )
     averages = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
     losses, norms = [], []
     for step in range(STEPS):
@@ -101,7 +103,9 @@ def test_a_step_equals_plain_torch(
         assert got["initialised"]
         assert max(abs(a - b) for a, b in zip(got["losses"], losses, strict=True)) <= LOSS[precision]
         tolerance = 1e-6 if precision == "fp32" else 1e-2
-        assert all(abs(row["grad_norm"] - norm) <= tolerance * norm for row, norm in zip(got["figures"], norms, strict=True))
+        assert all(
+            abs(row["grad_norm"] - norm) <= tolerance * norm for row, norm in zip(got["figures"], norms, strict=True)
+        )
         assert all(row["applied"] and row["consecutive_skips"] == 0 for row in got["figures"])
         config = stage_of().optimizer
         rates = [learning_rate(config, step, global_batch_size=BATCH, total_steps=20) for step in range(STEPS)]
@@ -220,7 +224,10 @@ def test_ranges_of_a_parameter_cross_the_ranks_files(firsts: dict[int, list[Any]
     [
         (lambda names: names.marker.unlink(), "is not committed: its save was not finished"),
         (lambda names: shutil.rmtree(names.root), "is not there"),
-        (lambda names: _flip_a_bit(names.rank_file(0, 2)), r"rank-00000-of-00002.safetensors is damaged: its xxh3_128 is \w+ instead"),
+        (
+            lambda names: _flip_a_bit(names.rank_file(0, 2)),
+            r"rank-00000-of-00002.safetensors is damaged: its xxh3_128 is \w+ instead",
+        ),
         (lambda names: _flip_a_bit(names.manifest), "manifest.json is damaged"),
         (lambda names: names.rank_file(1, 2).unlink(), "rank-00001-of-00002.safetensors is missing"),
         (lambda names: names.rank_file(1, 2).write_bytes(b"short"), "has 5 bytes instead of"),
@@ -228,7 +235,9 @@ def test_ranges_of_a_parameter_cross_the_ranks_files(firsts: dict[int, list[Any]
         (lambda names: names.marker.write_text("{"), "COMMITTED is not JSON"),
     ],
 )
-def test_what_is_torn_is_refused(firsts: dict[int, list[Any]], root: Path, tmp_path: Path, damage: Any, message: str) -> None:
+def test_what_is_torn_is_refused(
+    firsts: dict[int, list[Any]], root: Path, tmp_path: Path, damage: Any, message: str
+) -> None:
     name = firsts[2][0]["fp32"]["name"]
     copied = shutil.copytree(layout_of(str(root), "fp32", 2).checkpoints / name, tmp_path / name)
     damage(CheckpointLayout(copied))
@@ -272,7 +281,9 @@ def test_a_kill_during_a_save_leaves_the_older_checkpoint(tmp_path: Path, moment
     if moment == "at random":
         time.sleep(random.uniform(0, 1))
     else:
-        while not (torn := [p for p in layout.checkpoints.iterdir() if not (p / "COMMITTED").exists() and any(p.iterdir())]):
+        while not (
+            torn := [p for p in layout.checkpoints.iterdir() if not (p / "COMMITTED").exists() and any(p.iterdir())]
+        ):
             assert time.monotonic() < deadline
     running.kill()
     newest = line.newest(layout)
@@ -288,14 +299,14 @@ def test_a_kill_during_a_save_leaves_the_older_checkpoint(tmp_path: Path, moment
     Reader(layout.checkpoints / went_on["line"][0]).verify()
 
 
-def test_deepspeed_still_cannot_reduce_unequal_numbers_of_micro_batches() -> None:
-    """Needless from the day this passes without an error: `stop_reducing_in_backward`, `give_gradient`."""
-    with pytest.raises(RanksFailed):
+def test_deepspeed_still_cannot_step_with_a_rank_that_had_no_micro_batch() -> None:
+    """From the day that this launch ends well, `stop_reducing_in_backward` and `give_gradient` may be needless."""
+    with pytest.raises(RanksFailed, match=r"deepspeed/runtime/zero/stage_1_and_2\.py"):
         launch(ranks.raw_deepspeed, 2, timeout=60)
 
 
 def test_deepspeed_still_needs_its_groups_and_warnings_mended() -> None:
-    (got,) = launch(ranks.groups_and_warnings, 1)
+    got, _ = launch(ranks.groups_and_warnings, 2)
     assert got["ours"] == 30 * 60
     assert got["asked"] == 77
     assert got["deepspeeds_clone"] != got["asked"]

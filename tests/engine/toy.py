@@ -1,4 +1,4 @@
-"""A small transformer with odd sizes, a frozen parameter and a buffer; its data; cuts of a step into shares and micro-batches."""
+"""A small transformer with odd sizes, a frozen parameter and a buffer; its data; cuts of a step into micro-batches."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Toy(nn.Module):
         self.inp, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.table = nn.Parameter(torch.randn(TOKENS, WIDTH) * 0.1, requires_grad=False)
+        self.position: torch.Tensor
         self.register_buffer("position", torch.randn(TOKENS, WIDTH) * 0.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

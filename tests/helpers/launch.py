@@ -21,7 +21,10 @@ class RanksFailed(Exception):
     """A rank ended with an error; `outputs` holds what each rank wrote, by rank."""
 
     def __init__(self, codes: list[int], outputs: list[str]) -> None:
-        told = "\n".join(f"--- rank {rank}, exit code {code}\n{text[-3000:]}" for rank, (code, text) in enumerate(zip(codes, outputs, strict=True)))
+        told = "\n".join(
+            f"--- rank {rank}, exit code {code}\n{text[-3000:]}"
+            for rank, (code, text) in enumerate(zip(codes, outputs, strict=True))
+        )
         super().__init__(f"exit codes {codes}\n{told}")
         self.codes = codes
         self.outputs = outputs

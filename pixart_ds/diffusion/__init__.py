@@ -1,0 +1,1 @@
+"""The diffusion process: schedule, loss, and the random draws of a sample."""

@@ -1,0 +1,140 @@
+"""The parts that PixArt and DiT share: attention, MLP, embedders, modulation, patches.
+
+In shape comments: B samples, N image tokens, L text tokens, D hidden size, H heads, E = D / H, C latent channels, p patch size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pixart_ds.model.positions import position_embedding, sinusoid
+
+NORM_EPS = 1e-6
+FREQUENCIES = 256
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """LayerNorm without affine, then x · (1 + scale) + shift: (B, N, D) with (B, 1, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], None, None, NORM_EPS), 1 + scale)
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *, fp32: bool = False
+) -> torch.Tensor:
+    """Scaled dot-product attention: (B, H, N, E) from q of that shape and k, v (B, H, L, E).
+
+    In fp16 the scale is laid on q before the product: q·k of trained nets can exceed 65,504, scaled ones do not.
+
+    Args:
+        mask: (B, 1, 1, L) bool, True where a key may be attended.
+        fp32: Compute in fp32, whatever the inputs' dtype.
+    """
+    dtype = q.dtype
+    if fp32:
+        q, k, v = q.float(), k.float(), v.float()
+    if q.dtype == torch.float16:
+        q, scale = q * q.shape[-1] ** -0.5, 1.0
+    else:
+        scale = q.shape[-1] ** -0.5
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).to(dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with biases and one matrix for q, k and v."""
+
+    def __init__(self, width: int, heads: int, *, fp32: bool) -> None:
+        super().__init__()
+        self.heads, self.fp32 = heads, fp32
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
+        y = attention(q, k, v, fp32=self.fp32)  # (B, H, N, E)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class CrossAttention(nn.Module):
+    """Image tokens attend to text tokens; padded ones never."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(width, width)
+        self.kv_linear = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, E)
+        k, v = self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, E)
+        y = attention(q, k, v, mask[:, None, None, :])  # (B, H, N, E)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out or width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class NumberEmbedder(nn.Module):
+    """A number's sinusoid through Linear, SiLU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.mlp(sinusoid(values).to(self.mlp[0].weight.dtype))  # (B,) → (B, D)
+
+
+class PatchEmbedder(nn.Module):
+    """Patches to tokens: a convolution whose stride is its kernel, computed as one matrix product."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, patch, patch)  # the official key and shape (D, C, p, p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = F.pixel_unshuffle(x.to(self.proj.weight.dtype), self.patch)  # (B, C·p·p, h/p, w/p), channel slowest
+        return F.linear(patches.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
+
+
+class Positions(nn.Module):
+    """Position embeddings by grid size, made when first needed; no part of the state."""
+
+    def __init__(self, width: int, base_size: int, interpolation_scale: float) -> None:
+        super().__init__()
+        self.width, self.base_size, self.interpolation_scale = width, base_size, interpolation_scale
+        self._made: dict[tuple[int, int, torch.device, torch.dtype], torch.Tensor] = {}
+
+    def forward(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        key = (height, width, like.device, like.dtype)
+        if key not in self._made:
+            table = position_embedding(
+                height, width, self.width, base_size=self.base_size, interpolation_scale=self.interpolation_scale
+            )
+            self._made[key] = table.to(like.device, like.dtype)
+        return self._made[key]  # (N, D)
+
+
+def unpatchify(tokens: torch.Tensor, height: int, width: int, patch: int) -> torch.Tensor:
+    """(B, N, p·p·C) with the channel fastest to (B, C, height·p, width·p); height and width in patches."""
+    grid = tokens.unflatten(-1, (patch, patch, -1)).unflatten(1, (height, width))  # (B, height, width, p, p, C)
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def null_where(dropped: torch.Tensor | None, values: torch.Tensor, null: torch.Tensor) -> torch.Tensor:
+    """`null` for the samples whose condition is dropped, else their own values."""
+    if dropped is None:
+        return values
+    return torch.where(dropped.view(-1, *(1,) * (values.ndim - 1)), null, values)

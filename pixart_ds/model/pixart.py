@@ -1,0 +1,161 @@
+"""PixArt: a diffusion transformer with cross-attention to text and adaLN-single (paper §2.3; keys as in the released weights)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pixart_ds.config.schema import ModelConfig
+from pixart_ds.errors import ConfigError
+from pixart_ds.model.blocks import (
+    CrossAttention,
+    Mlp,
+    NumberEmbedder,
+    PatchEmbedder,
+    Positions,
+    SelfAttention,
+    modulate,
+    null_where,
+    unpatchify,
+)
+
+
+class PixArtBlock(nn.Module):
+    """Self-attention, cross-attention and MLP; only the first and the last are normed, modulated and gated."""
+
+    def __init__(self, config: ModelConfig, *, fp32_attention: bool) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.scale_shift_table = nn.Parameter(torch.empty(6, width))
+        self.attn = SelfAttention(width, config.num_heads, fp32=fp32_attention)
+        self.cross_attn = CrossAttention(width, config.num_heads)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # (B, 6, D): shift, scale, gate of the attention, then of the MLP
+        parts = self.scale_shift_table + modulation
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts.chunk(6, dim=1)  # each (B, 1, D)
+        x = torch.addcmul(x, gate_a, self.attn(modulate(x, shift_a, scale_a)))  # (B, N, D)
+        x = x + self.cross_attn(x, text, mask)  # (B, N, D): no norm, no modulation, no gate
+        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))  # (B, N, D)
+
+
+class CaptionEmbedder(nn.Module):
+    """Caption features to the net's width; the null caption is a buffer, stored but never trained."""
+
+    def __init__(self, channels: int, width: int, max_tokens: int) -> None:
+        super().__init__()
+        self.y_proj = Mlp(channels, width, width)
+        self.register_buffer("y_embedding", torch.zeros(max_tokens, channels))
+
+    def forward(self, captions: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+        dtype = self.y_proj.fc1.weight.dtype
+        null = self.y_embedding[: captions.shape[1]].to(dtype)  # (L, channels)
+        return self.y_proj(null_where(dropped, captions.to(dtype), null))  # (B, L, D)
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation by its own table plus the raw timestep embedding, projection to patches."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, width))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # each (B, 1, D)
+        return self.linear(modulate(x, shift, scale))  # (B, N, p·p·2C)
+
+
+class PixArt(nn.Module):
+    """The text-to-image net; with `micro_conditions` the released code's MS net.
+
+    Args:
+        config: Kind `pixart`.
+        fp32_attention: Self-attention in fp32.
+        checkpointed_blocks: How many of the first blocks recompute their activations in backward.
+    """
+
+    def __init__(self, config: ModelConfig, *, fp32_attention: bool = False, checkpointed_blocks: int = 0) -> None:
+        super().__init__()
+        assert config.caption_channels is not None
+        assert config.max_tokens is not None
+        width, patch = config.hidden_size, config.patch_size
+        self.config, self.checkpointed_blocks = config, checkpointed_blocks
+        self.x_embedder = PatchEmbedder(config.in_channels, width, patch)
+        self.t_embedder = NumberEmbedder(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = CaptionEmbedder(config.caption_channels, width, config.max_tokens)
+        if config.micro_conditions:
+            self.csize_embedder = NumberEmbedder(width // 3)
+            self.ar_embedder = NumberEmbedder(width // 3)
+        self.blocks = nn.ModuleList(PixArtBlock(config, fp32_attention=fp32_attention) for _ in range(config.depth))
+        self.final_layer = FinalLayer(width, patch * patch * 2 * config.in_channels)
+        self.positions = Positions(width, config.base_size, config.interpolation_scale)
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """The conditions that `forward` takes, by name."""
+        sizes = ("original_sizes", "aspect_ratios") if self.config.micro_conditions else ()
+        return ("caption_embeds", "caption_mask", *sizes)
+
+    @torch.no_grad()
+    def set_null_caption(self, embeds: torch.Tensor) -> None:
+        """Makes the empty caption's features (L, channels) the null caption; the rest of the buffer is zero.
+
+        Raises:
+            ConfigError: There are more tokens, or other channels, than the net is made for.
+        """
+        buffer = self.y_embedder.y_embedding
+        if embeds.shape[1] != buffer.shape[1] or len(embeds) > len(buffer):
+            raise ConfigError(
+                f"the empty caption has features of shape {tuple(embeds.shape)}; the net takes up to {tuple(buffer.shape)}",
+                remedy="set model.caption_channels and model.max_tokens to those of the prepared set",
+            )
+        buffer.zero_()
+        buffer[: len(embeds)] = embeds
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        caption_embeds: torch.Tensor,
+        caption_mask: torch.Tensor,
+        dropped: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        aspect_ratios: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """ε̂ and the variance's position, (B, 2C, h, w).
+
+        Args:
+            latents: (B, C, h, w) noisy latents; h and w are multiples of the patch size.
+            timesteps: (B,), whole or fractional.
+            caption_embeds: (B, L, caption_channels).
+            caption_mask: (B, L) bool, True for real tokens; a caption without any attends to nothing in particular.
+            dropped: (B,) bool: these take the null caption, under their own mask (paper.md 8, trap 5).
+            original_sizes: (B, 2) height and width of the original pictures; micro-conditions only.
+            aspect_ratios: (B,) height / width of the bucket; micro-conditions only.
+        """
+        height, width = latents.shape[-2] // self.config.patch_size, latents.shape[-1] // self.config.patch_size
+        x = self.x_embedder(latents)  # (B, N, D)
+        x = x + self.positions(height, width, x)  # (B, N, D)
+        time = self.t_embedder(timesteps)  # (B, D)
+        if self.config.micro_conditions:
+            time = time + self._sizes(original_sizes, aspect_ratios)  # (B, D)
+        modulation = self.t_block(time).unflatten(-1, (6, -1))  # (B, 6, D), once for all blocks
+        text = self.y_embedder(caption_embeds, dropped)  # (B, L, D)
+        mask = caption_mask | ~caption_mask.any(1, keepdim=True)  # a row without tokens would give NaN
+        for number, block in enumerate(self.blocks):
+            if number < self.checkpointed_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, text, mask, use_reentrant=False)
+            else:
+                x = block(x, modulation, text, mask)  # (B, N, D)
+        return unpatchify(self.final_layer(x, time), height, width, self.config.patch_size)
+
+    def _sizes(self, original_sizes: torch.Tensor | None, aspect_ratios: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings of height, width and ratio side by side: (B, D)."""
+        if original_sizes is None or aspect_ratios is None:
+            raise ConfigError("a net with micro_conditions needs original_sizes and aspect_ratios")
+        size = self.csize_embedder(original_sizes.flatten()).unflatten(0, (-1, 2)).flatten(1)  # (B, 2D/3)
+        return torch.cat([size, self.ar_embedder(aspect_ratios)], 1)  # (B, D)
