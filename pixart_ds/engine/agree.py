@@ -83,7 +83,7 @@ def gather(world: World, value: Any) -> list[Any]:
     """Every rank's JSON value, on every rank, by rank. A collective. No pickle."""
     if world.size == 1:
         return [json.loads(json.dumps(value))]
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=world.device)
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=world.device) for _ in range(world.size)]
     dist.all_gather(sizes, torch.tensor([len(data)], dtype=torch.int64, device=world.device))
     longest = max(int(size) for size in sizes)

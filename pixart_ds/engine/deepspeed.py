@@ -54,9 +54,9 @@ class StepResult:
 class Engine:
     """A net under DeepSpeed's ZeRO-2.
 
-    Each micro-batch's gradient is added to a local fp32 sum. A step reduces the sum once, in fp32, so that each rank gets
-    its partition; DeepSpeed then takes the norm, clips, updates the fp32 masters and gathers the 16-bit copies. Backward
-    holds no collective: ranks may run different numbers of micro-batches, or none.
+    Each micro-batch's gradient is added to a local fp32 sum. A step reduces the sum once, in fp32, so that each rank
+    gets its partition; DeepSpeed then takes the norm, clips, updates the fp32 masters and gathers the 16-bit copies.
+    Backward holds no collective: ranks may run different numbers of micro-batches, or none.
 
     Make it with `build`; then `initialise`, or resume through `Shelf`.
     """
@@ -143,7 +143,7 @@ class Engine:
 
         Args:
             loss: Scalar; each sample weighs 1/N in it, for a step of N samples over all ranks. A non-finite one spoils
-                the sum, so that `step` refuses it on all ranks: the factor below is exactly 1 for a finite loss, else NaN.
+                the sum, so that `step` refuses it on all ranks: the factor below is 1 for a finite loss, else NaN.
         """
         self.net.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
 
@@ -252,7 +252,7 @@ class Engine:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Makes the net's weights anew from all ranks' masters, by the all-gather that also ends a step. A collective."""
+        """Makes the net's weights anew from all ranks' masters: the all-gather that also ends a step."""
         self._zero.update_lp_params()
 
     @torch.no_grad()

@@ -77,16 +77,6 @@ def give_clone_a_timeout(timeout: datetime.timedelta) -> None:
     groups._WORLD_GROUP = dist.new_group(range(dist.get_world_size()), timeout=timeout)
 
 
-def disconnect() -> None:
-    """Destroys the process groups and what DeepSpeed remembers of them, so that a process may join again."""
-    from deepspeed import comm
-    from deepspeed.utils import groups
-
-    dist.destroy_process_group()
-    groups._WORLD_GROUP = None
-    comm.comm.cdb = None
-
-
 def initialise(
     net: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
 ) -> Any:
@@ -122,6 +112,6 @@ def reduce_scatter(output: torch.Tensor, whole: torch.Tensor, group: Any) -> Non
 def keep_going_at_minimum_scale(engine: Any) -> None:
     """Lets fp16 skip at the minimum loss scale, as bf16 and fp32 skip.
 
-    DeepSpeed raises a bare Exception there; `StepResult.consecutive_skips` lets the loop end with a reason in any precision.
+    DeepSpeed raises a bare Exception there; `StepResult.consecutive_skips` lets the loop end with a reason.
     """
     engine.optimizer.loss_scaler.raise_error_at_min_scale = False

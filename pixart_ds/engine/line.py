@@ -1,8 +1,8 @@
 """The line of checkpoints: which of those on disk belong to the run's history, and which may be deleted. No torch.
 
 An old attempt may live on, on a lost node or behind a slow file system, and write checkpoints that no one must resume
-from. So each launch says in its start file, before its first step, which checkpoint it started from; a reader walks back
-from the highest launch. What lies off that walk is ignored, whenever it was published.
+from. So each launch says in its start file, before its first step, which checkpoint it started from; a reader walks
+back from the highest launch. What lies off that walk is ignored, whenever it was published.
 """
 
 from __future__ import annotations
@@ -152,8 +152,11 @@ def is_highest(layout: StageLayout, number: LaunchNumber) -> bool:
 
 
 def is_milestone(layout: StageLayout, name: CheckpointName) -> bool:
-    """Whether a committed checkpoint is to be kept for ever."""
-    marker = files.read_json(CheckpointLayout(layout.checkpoints / str(name)).marker, error=CheckpointError)
+    """Whether a committed checkpoint is to be kept for ever; one with a damaged marker is, for a person to see."""
+    try:
+        marker = files.read_json(CheckpointLayout(layout.checkpoints / str(name)).marker, error=CheckpointError)
+    except CheckpointError:
+        return True
     return bool(marker["milestone"])
 
 

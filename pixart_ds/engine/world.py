@@ -66,10 +66,10 @@ def join_world(device: Literal["cpu", "cuda"], timeout: datetime.timedelta = TIM
 
 
 def leave_world() -> None:
-    """Waits for all ranks, then gives the process group back."""
+    """Waits for all ranks, then gives the process group back; a process joins once."""
     if dist.is_initialized():
-        dist.barrier()
-        deepspeed_compat.disconnect()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+        dist.destroy_process_group()
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

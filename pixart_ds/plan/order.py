@@ -118,6 +118,7 @@ class Order:
         self.fingerprint = _fingerprint(sets, seed, lanes, strip_length, window)
         self._key = key_of("order", seed)
         self._set_index = np.repeat(np.arange(len(sets)), [len(item.counts) for item in sets]).astype(np.int64)
+        self._first_group = np.concatenate([[0], np.cumsum([len(item.counts) for item in sets])]).astype(np.int64)
         self._group = np.concatenate([np.arange(len(item.counts), dtype=np.int64) for item in sets])
         self._bucket = np.concatenate([item.buckets for item in sets]).astype(np.int64)
         rows = np.concatenate([item.counts for item in sets]).astype(np.int64)
@@ -143,6 +144,10 @@ class Order:
         turn = np.arange(len(by_size)) % (2 * self.lanes)
         lane[by_size] = np.where(turn < self.lanes, turn, 2 * self.lanes - 1 - turn)
         return lane
+
+    def sample_id(self, set_index: int, group: int, row: int) -> int:
+        """The number over all sets of one row of a set."""
+        return int(self._first_id[int(self._first_group[set_index]) + group]) + row
 
     # ---- a pass ----------------------------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ def test_all_disagreements_come_at_once_with_both_sides() -> None:
         "fp16.enabled: the file says true, but false is due (the recipe's precision bf16)",
         "bf16.enabled: the file says false, but true is due (the recipe's precision bf16)",
         "zero_optimization.stage: the file says 3, but 2 is due (the engine, which is written for ZeRO-2)",
-        "zero_optimization.round_robin_gradients: the file says true, but false is due (the checkpoints, which it would",
+        "zero_optimization.round_robin_gradients: the file says true, but false is due (the checkpoints,",
     ):
         assert line in text
     assert "where: mine.json" in text

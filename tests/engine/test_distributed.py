@@ -310,7 +310,6 @@ def test_deepspeed_still_needs_its_groups_and_warnings_mended() -> None:
     assert got["ours"] == 30 * 60
     assert got["asked"] == 77
     assert got["deepspeeds_clone"] != got["asked"]
-    assert got["deepspeed_remembers"], "needless: what `disconnect` resets"
     if hasattr(torch.distributed, "reduce_scatter_single"):  # torch ≥ 2.13
         assert any("all_gather_into_tensor" in text for text in got["warnings"]), "needless: ALL_GATHER_WARNING"
     assert not any("reduce_scatter" in text for text in got["warnings"])

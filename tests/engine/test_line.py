@@ -160,6 +160,8 @@ def test_deleting_keeps_the_newest_and_the_milestones(stage: Stage) -> None:
     stage.start(2, 1, base)
     stage.save(40, 1, 1)  # off the line
     stage.save(50, 1, 1, milestone=True)  # off the line, but to be kept for ever
+    damaged = stage.save(55, 1, 1)
+    CheckpointLayout(stage.layout.checkpoints / str(damaged)).marker.write_text("{")
     stage.save(60, 1, 1, torn=True)
     stage.save(40, 2, 1)
     stage.save(70, 2, 1, torn=True)
@@ -172,7 +174,9 @@ def test_deleting_keeps_the_newest_and_the_milestones(stage: Stage) -> None:
     stage.layout.attempt(3).root.rmdir()
     deleted = lines.delete_expendable(stage.layout, (2, 1), keep=1)
     assert [str(name) for name in deleted] == [f"img-{images:012d}-a0001-l01" for images in (20, 30, 40)]
-    assert stage.folders() == [f"img-{n:012d}-a000{a}-l01" for n, a in ((10, 1), (40, 2), (50, 1), (80, 3))] + ["notes"]
+    assert stage.folders() == [
+        f"img-{n:012d}-a000{a}-l01" for n, a in ((10, 1), (40, 2), (50, 1), (55, 1), (80, 3))
+    ] + ["notes"]
     assert stage.line()[-1] == (40, 2, 1)
 
 

@@ -1,0 +1,1 @@
+"""Prepared sets: MosaicML Streaming's shards, how they are written, and how a rank reads them."""

@@ -1,0 +1,1 @@
+"""Pictures and captions on disk to a prepared set."""
