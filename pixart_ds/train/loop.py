@@ -57,7 +57,7 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> Ending:
     sets = open_sets(stage)
     order = order_of(stage, sets)
     net = net_of(stage)
-    start = None if (found := Shelf.newest_of(layout, job.attempt.number, job.launch)) else initial_weights(job.run, stage, net, sets)
+    start = None if (found := Shelf.newest_of(layout, job.attempt.number, job.launch, world)) else initial_weights(job.run, stage, net, sets)
     config = deepspeed_config.merge(stage, files.read_json(layout.deepspeed))
     engine = Engine.build(net, stage, world, config)
     shelf = Shelf(layout, job.attempt.number, job.launch, engine, world, keep=stage.checkpoint.keep)
