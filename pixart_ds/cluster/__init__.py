@@ -1,0 +1,1 @@
+"""One allocation: the supervisor that starts the ranks, and its launchers."""

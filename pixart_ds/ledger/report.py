@@ -1,0 +1,124 @@
+"""The cost report of a run: one page for people, or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pixart_ds.errors import EXIT_DONE, PixArtError
+from pixart_ds.ledger.accounting import a100_days, account
+from pixart_ds.ledger.book import read_book
+from pixart_ds.rates import Assumptions, assume, rate_table
+
+
+def report(run: Path, **choices: Any) -> dict[str, Any]:
+    """The report as JSON.
+
+    Args:
+        run: Folder of the run.
+        choices: As for `rates.assume`.
+
+    Raises:
+        DataError: There is no run.
+        ConfigError: A choice is not in the table.
+    """
+    book = read_book(run)
+    entries = [entry for stage in book.values() for entry in stage]
+    kinds = sorted({entry.device for entry in entries}) or ["cuda"]
+    assumptions = {kind: assume(kind, **choices) for kind in kinds}
+    stages = [
+        {
+            "stage": stage,
+            **account(of_stage, assumptions).to_json(),
+            "paper_v100_days": rate_table().paper.gpu_days.get(stage),
+            "attempts": [
+                {
+                    "attempt": entry.attempt,
+                    "launch": entry.launch,
+                    "outcome": "lost" if entry.outcome == "running" else entry.outcome,
+                    "devices": entry.device_count,
+                    **account([entry], assumptions).to_json(),
+                }
+                for entry in of_stage
+            ],
+        }
+        for stage, of_stage in book.items()
+    ]
+    paper = rate_table().paper
+    ratio = rate_table().a100_days_per_v100_day
+    return {
+        "run": str(run),
+        "stages": stages,
+        "total": account(entries, assumptions).to_json(),
+        "source": "estimate",
+        "assumptions": {kind: values.model_dump() for kind, values in assumptions.items()},
+        "paper": {
+            "v100_days": sum(paper.gpu_days.values()),
+            "a100_days": paper.a100_days,
+            "a100_days_by_ratio": a100_days(sum(paper.gpu_days.values()), ratio.value),
+            "ratio_source": ratio.source,
+            "dollars": paper.dollars,
+            "tonnes_co2": paper.tonnes_co2,
+            "co2_note": paper.co2_note,
+        },
+    }
+
+
+def page(values: dict[str, Any]) -> str:
+    """The report for people, at most 110 columns."""
+    lines = [
+        f"Cost of {values['run']}",
+        "",
+        f"{'stage':<13}{'attempt':<17}{'devices':>8}{'device-hours':>14}{'kWh':>10}{'kg CO2e':>10}{'$':>9}{'images/s':>10}{'paper, V100-days':>18}",
+    ]
+    for stage in values["stages"]:
+        for number, attempt in enumerate(stage["attempts"]):
+            name = stage["stage"] if number == 0 else ""
+            paper = f"{stage['paper_v100_days']:.0f}" if number == 0 and stage["paper_v100_days"] else ""
+            lines.append(_line(name, f"{attempt['attempt']} {attempt['outcome']}", str(attempt["devices"]), attempt, paper))
+        if not stage["attempts"]:
+            lines.append(f"{stage['stage']:<13}{'not started':<17}{'':>61}{stage['paper_v100_days'] or '':>18}")
+    lines += ["-" * 109, _line("together", "", "", values["total"], f"{values['paper']['v100_days']:.0f}"), "", "Assumptions:"]
+    for kind in values["assumptions"].values():
+        lines += [f"  - {line}" for line in Assumptions.model_validate(kind).lines()]
+    lines.append(f"  - figures are estimates from wall time, source: {values['source']}")
+    paper = values["paper"]
+    lines += [
+        "",
+        "The paper's own account of the full run (Tables 2 and 4):",
+        f"  {paper['v100_days']:.0f} V100-days, {paper['a100_days']:.0f} A100-days ({paper['ratio_source']}),",
+        f"  ${paper['dollars']:,.0f}, {paper['tonnes_co2']:g} t CO2;",
+        f"  {paper['co2_note']}",
+    ]
+    return "\n".join(lines)
+
+
+def _line(stage: str, attempt: str, devices: str, values: dict[str, Any], paper: str) -> str:
+    return (
+        f"{stage:<13}{attempt:<17}{devices:>8}{values['device_hours']:14.3f}{values['kwh']:10.4f}{values['kg_co2e']:10.4f}"
+        f"{values['dollars']:9.3f}{values['images_per_second']:10.1f}{paper:>18}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of tools/cost_report.py."""
+    parser = argparse.ArgumentParser(prog="cost_report.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--device", help="kind of device: v100-sxm2, a100-80gb, …")
+    parser.add_argument("--country", help="whose electricity: ISO code of three letters, or WORLD")
+    parser.add_argument("--pue", type=float, help="power usage effectiveness of the site")
+    parser.add_argument("--price", type=float, dest="price_per_hour", help="dollars for a device-hour")
+    parser.add_argument("--watts", type=float, help="watts for a device, node share included")
+    options = parser.parse_args(argv)
+    choices = {name: getattr(options, name) for name in ("device", "country", "pue", "price_per_hour", "watts")}
+    try:
+        values = report(options.run, **choices)
+    except PixArtError as error:
+        print(f"cost_report.py: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(values, indent=2) if options.json else page(values))
+    return EXIT_DONE
