@@ -11,16 +11,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pixart_ds import files
 from pixart_ds.config.freeze import create_run, read_stage
 from pixart_ds.config.load import load_chain, load_prepare
 from pixart_ds.config.schema import StageConfig
+from pixart_ds.demo.judge import MEASURES
+from pixart_ds.demo.pictures import caption, held_out_scenes, write_pictures
 from pixart_ds.errors import EXIT_STOPPED, DataError, MachineError, PixArtError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log, duration
 
+if TYPE_CHECKING:
+    from pixart_ds.demo.grids import Sheet
+
 ENCODERS = Path(__file__).parent / "encoders"
+PROMPT_SEED = 5
 INTERRUPTED_STAGE = "stage3_256"
 """The stage that is stopped in the middle and resumed on another number of processes."""
 
@@ -76,17 +83,17 @@ class Demo:
         with self._part("prepare latents and caption features"):
             self._prepare()
         run = self._create()
-        scores = []
+        sheets = []
         for name in files.read_json(run.manifest)["stages"]:
             stage = read_stage(run, name)
             with self._part(f"train {name}"):
                 self._train(run, stage)
             with self._part(f"sample {name}"):
-                scores.append((name, self._sample(stage)))
+                sheets.append((name, self._sample(run, stage)))
         with self._part("export to diffusers and sample there"):
-            picture = self._export(stage)
+            picture = self._export(run, stage)
         report = self._cost_report()
-        self._summary(scores, picture, report)
+        self._summary(sheets, picture, report)
         return 0
 
     @contextmanager
@@ -109,15 +116,12 @@ class Demo:
                 )
 
     def _draw(self) -> None:
-        from pixart_ds.demo.pictures import write_pictures
-
         write_pictures(self.pictures, self.about.pictures, seed=0)
 
     def _prompts(self) -> list[str]:
+        """Prompts that no training picture shows; of the user's own pictures some of their captions."""
         if self.images is None:
-            from pixart_ds.demo.pictures import caption, held_out_scenes
-
-            return [caption(scene) for scene in held_out_scenes(self.about.prompts, seed=5)]
+            return [caption(scene) for scene in held_out_scenes(self.about.prompts, PROMPT_SEED)]
         captions = sorted({path.read_text(encoding="utf-8").strip() for path in self.images.rglob("*.txt") if path.suffixes == [".txt"]})
         if not captions:
             raise DataError("there is no caption NAME.txt beside any picture", where=self.images, remedy="write one text file beside each picture")
@@ -179,16 +183,31 @@ class Demo:
             time.sleep(0.1)
         supervised.check(EXIT_STOPPED)
 
-    def _sample(self, stage: StageConfig) -> dict[str, float] | None:
-        """Draws the grid of a stage, and scores its pictures with the judge where the world is the drawn one."""
-        from pixart_ds.demo.grids import sample_and_score
+    def _sample(self, run: RunLayout, stage: StageConfig) -> Sheet:
+        """Draws the stage's sheet; the judge scores it where the world is the drawn one."""
+        from pixart_ds.demo.grids import draw_sheet
 
-        return sample_and_score(self, stage)
+        scenes = held_out_scenes(self.about.prompts, PROMPT_SEED) if self.images is None else None
+        return draw_sheet(run, stage.name, self.data, self.grids, scenes, self.device)
 
-    def _export(self, stage: StageConfig) -> Path:
-        from pixart_ds.demo.grids import export_and_sample
+    def _export(self, run: RunLayout, stage: StageConfig) -> Path:
+        """Exports the last stage, and makes a picture from the folder through diffusers alone."""
+        from pixart_ds.data.shards import PreparedSet
+        from pixart_ds.demo.grids import sample_export
+        from pixart_ds.engine.handover import read_handover
+        from pixart_ds.export.diffusers import export_pipeline
 
-        return export_and_sample(self, stage)
+        about = PreparedSet.open(self.data).description
+        state, lineage = read_handover(run.stage(stage.name).handover, "ema")
+        folder, picture = self.out / "pipeline", self.out / "pipeline.png"
+        export_pipeline(
+            folder, stage.model, state, vae=about.vae, text_encoder=about.text_encoder,
+            lineage={"run": str(run.root), "stage": stage.name, "weights": "ema", "lineage": lineage},
+        )  # fmt: skip
+        side = stage.model.base_size * stage.model.patch_size * about.downsampling_factor
+        previews = stage.previews
+        sample_export(folder, self._prompts()[0], (side, side), previews.guidance_scale, previews.num_inference_steps, picture)
+        return picture
 
     def _cost_report(self) -> str:
         script = Path(__file__).resolve().parents[2] / "tools" / "cost_report.py"
@@ -200,15 +219,14 @@ class Demo:
         files.write_text(self.out / "cost_report.txt", answer.stdout)
         return answer.stdout
 
-    def _summary(self, scores: Sequence[tuple[str, dict[str, float] | None]], picture: Path, report: str) -> None:
+    def _summary(self, sheets: Sequence[tuple[str, Sheet]], picture: Path, report: str) -> None:
         lines = ["", report.rstrip(), ""]
-        if any(score for _, score in scores):
-            names = ["place", "colour", "shape", "size", "ground", "all"]
-            lines.append("What a judge reads in the pictures of held-out prompts (share that is right):")
-            lines.append(f"  {'stage':<14}" + "".join(f"{name:>9}" for name in names))
-            for stage, score in scores:
-                if score:
-                    lines.append(f"  {stage:<14}" + "".join(f"{score[name]:9.2f}" if name in score else f"{'-':>9}" for name in names))
+        if any(sheet.score for _, sheet in sheets):
+            lines.append("What the judge reads in the pictures of held-out prompts (share that is right):")
+            lines.append(f"  {'stage':<14}" + "".join(f"{name:>9}" for name in MEASURES))
+            for stage, sheet in sheets:
+                values = sheet.score or {}
+                lines.append(f"  {stage:<14}" + "".join(f"{values[name]:9.2f}" if name in values else f"{'-':>9}" for name in MEASURES))
             lines.append("")
         lines.append("Time of each part:")
         lines += [f"  {name:<44}{duration(seconds):>14}" for name, seconds in self.times]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,11 @@ def page(values: dict[str, Any]) -> str:
     for stage in values["stages"]:
         for number, attempt in enumerate(stage["attempts"]):
             name = stage["stage"] if number == 0 else ""
-            paper = f"{stage['paper_v100_days']:.0f}" if number == 0 and stage["paper_v100_days"] else ""
+            paper = _days(stage["paper_v100_days"]) if number == 0 else ""
             lines.append(_line(name, f"{attempt['attempt']} {attempt['outcome']}", str(attempt["devices"]), attempt, paper))
         if not stage["attempts"]:
-            lines.append(f"{stage['stage']:<13}{'not started':<17}{'':>61}{stage['paper_v100_days'] or '':>18}")
-    lines += ["-" * 109, _line("together", "", "", values["total"], f"{values['paper']['v100_days']:.0f}"), "", "Assumptions:"]
+            lines.append(f"{stage['stage']:<13}{'not started':<17}{'':>61}{_days(stage['paper_v100_days']):>18}")
+    lines += ["-" * 109, _line("together", "", "", values["total"], _days(values["paper"]["v100_days"])), "", "Assumptions:"]
     for kind in values["assumptions"].values():
         lines += [f"  - {line}" for line in Assumptions.model_validate(kind).lines()]
     lines.append(f"  - figures are estimates from wall time, source: {values['source']}")
@@ -97,10 +98,25 @@ def page(values: dict[str, Any]) -> str:
 
 
 def _line(stage: str, attempt: str, devices: str, values: dict[str, Any], paper: str) -> str:
-    return (
-        f"{stage:<13}{attempt:<17}{devices:>8}{values['device_hours']:14.3f}{values['kwh']:10.4f}{values['kg_co2e']:10.4f}"
-        f"{values['dollars']:9.3f}{values['images_per_second']:10.1f}{paper:>18}"
+    figures = "".join(
+        f"{_digits(values[name]):>{width}}"
+        for name, width in (("device_hours", 14), ("kwh", 10), ("kg_co2e", 10), ("dollars", 9), ("images_per_second", 10))
     )
+    return f"{stage:<13}{attempt:<17}{devices:>8}{figures}{paper:>18}"
+
+
+def _days(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent: 0.00123, 12.3, 1,234."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(decimals, 6)}f}"
 
 
 def main(argv: list[str] | None = None) -> int:

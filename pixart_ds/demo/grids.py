@@ -1,0 +1,117 @@
+"""The demo's pictures: a sheet and a score for each stage, and one picture through diffusers from the export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pixart_ds.config.freeze import read_stage
+from pixart_ds.config.schema import StageConfig
+from pixart_ds.data.shards import PreparedSet
+from pixart_ds.demo import judge
+from pixart_ds.demo.pictures import Scene
+from pixart_ds.encoders.latents import KLEncoder
+from pixart_ds.evaluate.generate import Wish, generate, load_net
+from pixart_ds.evaluate.grid import save_grid
+from pixart_ds.layout import RunLayout
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures of one stage, and what the judge says of them (None outside the drawn world)."""
+
+    path: Path
+    score: dict[str, float] | None
+
+
+def draw_sheet(run: RunLayout, name: str, data: Path, folder: Path, scenes: Sequence[Scene] | None, device: str) -> Sheet:
+    """Samples a stage's EMA with the set's held prompts (or classes), writes the sheet, and scores all pictures.
+
+    Args:
+        run, name: The stage.
+        data: The prepared set.
+        folder: Where the sheet goes.
+        scenes: What the held prompts describe, in their sequence.
+    """
+    stage = read_stage(run, name)
+    prepared = PreparedSet.open(data)
+    vae = KLEncoder(prepared.description.vae, device)
+    wishes, captions = _wishes(stage, prepared, vae.downsampling_factor)
+    previews = stage.previews
+    pictures = generate(
+        load_net(stage, run.stage(name).handover, "ema", device),
+        vae,
+        wishes,
+        null_embeds=prepared.null_embeds,
+        guidance_scale=previews.guidance_scale,
+        num_inference_steps=previews.num_inference_steps,
+        scheduler=previews.scheduler,
+    )
+    score, right = _judged(stage, pictures, captions, scenes)
+    path = folder / f"{name}.png"
+    count = previews.count
+    shown = None if right is None else right[:count]
+    save_grid(pictures[:count], captions[:count], path, title=f"{name}: {stage.description}", right=shown)
+    return Sheet(path, score)
+
+
+def _wishes(stage: StageConfig, prepared: PreparedSet, factor: int) -> tuple[list[Wish], list[str]]:
+    """Every held prompt, or every class twice; in the sizes of the stage's buckets, the likeliest ones most often."""
+    about = prepared.description
+    if stage.model.kind == "dit":
+        classes = [name for name in about.classes for _ in range(2)]
+        size = _sizes(stage, prepared, factor)[0]
+        return [Wish(about.classes.index(name), size, number) for number, name in enumerate(classes)], classes
+    sizes = _sizes(stage, prepared, factor)
+    wishes = [Wish(embeds, sizes[number % len(sizes)], number) for number, (_, embeds) in enumerate(prepared.prompts)]
+    return wishes, [text for text, _ in prepared.prompts]
+
+
+def _sizes(stage: StageConfig, prepared: PreparedSet, factor: int) -> list[tuple[int, int]]:
+    """The stage's sizes in pixels, those of partitions with most rows first."""
+    info = prepared.description.latents[stage.data.latents]
+    if info.square:
+        return [(info.sizes[0][0] * factor, info.sizes[0][1] * factor)]
+    rows = np.bincount(prepared.partitions, weights=prepared.counts, minlength=len(info.sizes))
+    ranked = sorted(range(len(info.sizes)), key=lambda number: -rows[number])
+    return [(info.sizes[n][0] * factor, info.sizes[n][1] * factor) for n in ranked if rows[n]]
+
+
+def _judged(
+    stage: StageConfig, pictures: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], scenes: Sequence[Scene] | None
+) -> tuple[dict[str, float] | None, list[bool] | None]:
+    if scenes is None:
+        return None, None
+    if stage.model.kind == "dit":
+        each = [judge.score_class([picture], [name]) for picture, name in zip(pictures, captions, strict=True)]
+        return judge.score_class(pictures, captions), [all(value == 1 for value in one.values()) for one in each]
+    right = [judge.judge(picture, scene)["all"] == 1 for picture, scene in zip(pictures, scenes, strict=True)]
+    return judge.score(pictures, scenes), right
+
+
+def sample_export(folder: Path, prompt: str, size: tuple[int, int], guidance_scale: float, steps: int, path: Path) -> None:
+    """One picture through diffusers alone, from an exported folder."""
+    import torch
+    from diffusers import PixArtAlphaPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    pipeline = PixArtAlphaPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        prompt,
+        height=size[0],
+        width=size[1],
+        guidance_scale=guidance_scale,
+        num_inference_steps=steps,
+        clean_caption=False,
+        use_resolution_binning=False,
+        max_sequence_length=pipeline.tokenizer.model_max_length,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images[0]
+    save_grid([(made * 255).round().astype(np.uint8)], [prompt], path, columns=1, cell=256)

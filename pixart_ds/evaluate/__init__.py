@@ -1,0 +1,1 @@
+"""Pictures from weights, and how they are shown."""

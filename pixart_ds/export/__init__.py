@@ -1,0 +1,1 @@
+"""Weights under other projects' names and in their folders."""

@@ -1,0 +1,102 @@
+"""A folder that diffusers' `PixArtAlphaPipeline.from_pretrained` loads: transformer, VAE, text encoder, tokenizer, scheduler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixart_ds import files
+from pixart_ds.config.schema import ModelConfig
+from pixart_ds.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
+from pixart_ds.errors import ConfigError
+from pixart_ds.export.names import to_diffusers
+
+LINEAGE = "pixart_ds.json"
+"""Our note in the folder: which run, stage and weights; it also marks the folder as ours to replace."""
+
+_MICRO_SAMPLE_SIZE = 128
+
+
+def transformer_of(config: ModelConfig, state: dict[str, torch.Tensor]) -> Any:
+    """diffusers' transformer with our weights, in fp32.
+
+    Its position embedding spans (sample_size / patch_size) / interpolation_scale, as ours spans base_size / interpolation_scale, so
+    that coordinates agree for any size of picture. diffusers' pipeline passes micro-conditions on only if sample_size is 128, as at
+    1024 px; a smaller net with them takes that size and a scale that makes up for it.
+    """
+    from diffusers import PixArtTransformer2DModel
+
+    sample_size = _MICRO_SAMPLE_SIZE if config.micro_conditions else config.base_size * config.patch_size
+    span = config.base_size / config.interpolation_scale
+
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=config.in_channels,
+        out_channels=2 * config.in_channels,
+        num_layers=config.depth,
+        norm_num_groups=config.in_channels,
+        cross_attention_dim=config.hidden_size,
+        sample_size=sample_size,
+        patch_size=config.patch_size,
+        caption_channels=config.caption_channels,
+        interpolation_scale=sample_size / config.patch_size / span,
+        use_additional_conditions=config.micro_conditions,
+    )
+    transformer.load_state_dict(to_diffusers(state))
+    return transformer.eval()
+
+
+def pipeline_of(config: ModelConfig, state: dict[str, torch.Tensor], vae: str, text_encoder: str) -> Any:
+    """The whole pipeline in memory, in fp32."""
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=NUM_TIMESTEPS,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
+        beta_schedule="linear",
+        prediction_type="epsilon",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+    )
+    return PixArtAlphaPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(text_encoder),
+        text_encoder=T5EncoderModel.from_pretrained(text_encoder, dtype=torch.float32).eval(),
+        vae=AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval(),
+        transformer=transformer_of(config, state),
+        scheduler=scheduler,
+    )
+
+
+def export_pipeline(
+    folder: Path, config: ModelConfig, state: dict[str, torch.Tensor], *, vae: str, text_encoder: str, lineage: dict[str, Any]
+) -> None:
+    """Writes the pipeline's folder; an earlier export of ours is replaced once the new one is whole.
+
+    Raises:
+        ConfigError: The net is no PixArt, or something else lies in the folder.
+    """
+    if config.kind != "pixart":
+        raise ConfigError("only PixArt nets can be exported; this stage trains a DiT", remedy="export a later stage")
+    if folder.exists() and any(folder.iterdir()) and not (folder / LINEAGE).exists():
+        raise ConfigError("the folder is not empty and no earlier export", where=folder.resolve(), remedy="name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = files.temporary_name(folder)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    pipeline_of(config, state, vae, text_encoder).save_pretrained(temporary)
+    files.write_json(temporary / LINEAGE, lineage)
+    if folder.exists():
+        old = files.temporary_name(folder.with_name(folder.name + ".old"))
+        os.rename(folder, old)
+        os.rename(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, folder)
+    files.sync_folder(folder.parent)

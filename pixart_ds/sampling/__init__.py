@@ -1,0 +1,1 @@
+"""From noise to latents: classifier-free guidance over any of diffusers' schedulers."""
