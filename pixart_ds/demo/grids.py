@@ -17,6 +17,7 @@ from pixart_ds.demo.pictures import Scene
 from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.evaluate.generate import Wish, generate, load_net
 from pixart_ds.evaluate.grid import save_grid
+from pixart_ds.export.diffusers import sample_export
 from pixart_ds.layout import RunLayout
 
 
@@ -93,25 +94,10 @@ def _judged(
     return judge.score(pictures, scenes), right
 
 
-def sample_export(folder: Path, prompt: str, size: tuple[int, int], guidance_scale: float, steps: int, path: Path) -> None:
-    """One picture through diffusers alone, from an exported folder."""
-    import torch
-    from diffusers import PixArtAlphaPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    pipeline = PixArtAlphaPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    made = pipeline(
-        prompt,
-        height=size[0],
-        width=size[1],
-        guidance_scale=guidance_scale,
-        num_inference_steps=steps,
-        clean_caption=False,
-        use_resolution_binning=False,
-        max_sequence_length=pipeline.tokenizer.model_max_length,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).images[0]
-    save_grid([(made * 255).round().astype(np.uint8)], [prompt], path, columns=1, cell=256)
+def draw_from_export(folder: Path, stage: StageConfig, prompt: str, side: int, path: Path) -> None:
+    """A sheet with one picture that was made from an exported folder through diffusers alone."""
+    previews = stage.previews
+    picture = sample_export(
+        folder, prompt, (side, side), guidance_scale=previews.guidance_scale, num_inference_steps=previews.num_inference_steps
+    )
+    save_grid([picture], [prompt], path, columns=1, cell=256)

@@ -193,7 +193,7 @@ class Demo:
     def _export(self, run: RunLayout, stage: StageConfig) -> Path:
         """Exports the last stage, and makes a picture from the folder through diffusers alone."""
         from pixart_ds.data.shards import PreparedSet
-        from pixart_ds.demo.grids import sample_export
+        from pixart_ds.demo.grids import draw_from_export
         from pixart_ds.engine.handover import read_handover
         from pixart_ds.export.diffusers import export_pipeline
 
@@ -205,8 +205,7 @@ class Demo:
             lineage={"run": str(run.root), "stage": stage.name, "weights": "ema", "lineage": lineage},
         )  # fmt: skip
         side = stage.model.base_size * stage.model.patch_size * about.downsampling_factor
-        previews = stage.previews
-        sample_export(folder, self._prompts()[0], (side, side), previews.guidance_scale, previews.num_inference_steps, picture)
+        draw_from_export(folder, stage, self._prompts()[0], side, picture)
         return picture
 
     def _cost_report(self) -> str:

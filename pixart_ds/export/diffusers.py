@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pixart_ds import files
@@ -100,3 +102,28 @@ def export_pipeline(
     else:
         os.rename(temporary, folder)
     files.sync_folder(folder.parent)
+
+
+def sample_export(
+    folder: Path, prompt: str, size: tuple[int, int], *, guidance_scale: float, num_inference_steps: int, seed: int = 0
+) -> npt.NDArray[np.uint8]:
+    """One picture (H, W, 3) through diffusers alone, from an exported folder; `size` is (height, width) in pixels."""
+    from diffusers import PixArtAlphaPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    pipeline = PixArtAlphaPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        prompt,
+        height=size[0],
+        width=size[1],
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        clean_caption=False,  # needs beautifulsoup and ftfy
+        use_resolution_binning=False,  # its bins are those of 256 to 1024 px
+        max_sequence_length=min(120, pipeline.tokenizer.model_max_length),
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+    ).images[0]
+    return (made * 255).round().astype(np.uint8)
