@@ -1,0 +1,181 @@
+"""The supervisor with real processes and real signals; only the ranks are fake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pixart_ds.cluster import supervise as module
+from pixart_ds.cluster.launchers import LocalLauncher
+from pixart_ds.cluster.supervise import Timing, supervise
+from pixart_ds.errors import ConfigError, MachineError
+from pixart_ds.layout import RunLayout, StageLayout
+from pixart_ds.ledger.book import read_book
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+
+def a_run(folder: Path) -> StageLayout:
+    run = RunLayout(folder / "run")
+    run.stage("stage1").root.mkdir(parents=True)
+    run.manifest.write_text(json.dumps({"stages": ["stage1"]}))
+    return run.stage("stage1")
+
+
+def go(stage: StageLayout, script: str, *, after: float | None = None, signals: tuple[int, ...] = (signal.SIGTERM,), **more: Any) -> tuple[int, str]:
+    """Exit code and output of an attempt; `signals` reach the supervisor one by one, `after` seconds apart."""
+    output = io.StringIO()
+    processes = len(script.split(","))
+
+    def send() -> None:
+        for number in signals:
+            time.sleep(after or 0)
+            os.kill(os.getpid(), number)
+
+    if after is not None:
+        threading.Thread(target=send, daemon=True).start()
+    launcher = LocalLauncher(processes, extra=("--script", script), command=FAKE)
+    code = supervise(stage.root.parent, "stage1", launcher=launcher, device="cpu", output=output, **more)
+    return code, output.getvalue()
+
+
+def outcome(stage: StageLayout, attempt: int = 1) -> dict[str, Any]:
+    return dict(json.loads(stage.attempt(attempt).outcome.read_text()))
+
+
+def test_done(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    code, text = go(stage, "done,done")
+    assert code == 0
+    assert outcome(stage) | {"outcome": "done", "exit_code": 0, "world_size": 2, "device": "cpu"} == outcome(stage)
+    assert "rank 0 of 2: done" in text
+    assert "rank 1" not in text  # only rank 0's lines are shown
+    assert stage.attempt(1).rank_log(1, 1).read_text() == "rank 1 of 2: done\n"
+    said = [json.loads((stage.attempt(1).root / f"env-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"]) for e in said] == [("0", "0", "2", "2"), ("1", "1", "2", "2")]
+    assert said[0]["MASTER_PORT"] == said[1]["MASTER_PORT"]
+    environment = json.loads(stage.attempt(1).env.read_text())
+    assert environment["host"] == socket.gethostname()
+    assert environment["versions"]["deepspeed"]
+    code, text = go(stage, "done,done")
+    assert (code, len(stage.all_attempts())) == (0, 1)
+    assert "is done already" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_stop_signal_is_passed_on_and_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
+    stage = a_run(tmp_path)
+    code, text = go(stage, "save-when-asked,save-when-asked", after=0.7, signals=(number,))
+    assert code == 75
+    assert outcome(stage)["outcome"] == "stopped"
+    assert outcome(stage)["cause"] == number.name
+    assert f"attempt 1: stopped ({number.name})" in text
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # given back
+
+
+def test_attempts_are_numbered_and_the_ledger_accounts_for_each(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    go(stage, "save-when-asked,save-when-asked", after=0.7)
+    go(stage, "done")
+    first, second = read_book(stage.root.parent)["stage1"]
+    assert [(e.attempt, e.outcome, e.device_count) for e in (first, second)] == [(1, "stopped", 2), (2, "done", 1)]
+    assert first.until - first.started > 0.5
+    assert first.device_time.value == pytest.approx(2 * (first.until - first.started))
+    assert (first.images_from, first.images_to, second.images_from) == (0, 640, 640)
+
+
+def test_asked_to_stop_but_nothing_saved_is_a_failure_that_may_start_again(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    code, _ = go(stage, "leave-when-asked", after=0.7)
+    assert code == 75
+    assert outcome(stage)["outcome"] == "failed"
+    assert "asked to stop (SIGTERM), but the ranks left without a word" in outcome(stage)["cause"]
+
+
+def test_a_second_signal_hurries_and_then_kills(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    code, _ = go(stage, "ignore", after=0.5, signals=(signal.SIGTERM, signal.SIGTERM), timing=Timing(hurry_grace_s=0.3))
+    assert code == 75
+    assert "SIGKILL" in outcome(stage)["cause"]
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit-2", 2), ("exit-4", 4), ("exit-5", 5), ("exit-70", 70), ("exit-1", 70), ("killed", 70)])
+def test_a_failing_rank_ends_the_attempt_with_its_last_words(tmp_path: Path, script: str, code: int) -> None:
+    stage = a_run(tmp_path)
+    assert go(stage, f"leave-when-asked,{script}")[0] == code
+    said = outcome(stage)
+    assert said["outcome"] == "failed"
+    assert ("rank 1 was killed by SIGKILL" if script == "killed" else f"rank 1 ended with exit code {script[5:]}") in said["cause"]
+    assert script == "killed" or "the set is damaged" in said["cause"]
+
+
+def test_peers_that_do_not_leave_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PEERS_SECONDS", 0.3)
+    stage = a_run(tmp_path)
+    assert go(stage, "ignore,exit-4")[0] == 4
+
+
+def test_a_stop_file_from_before_is_refused(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    stage.stop_request.touch()
+    with pytest.raises(ConfigError, match="a stop file asks this stage to stop") as caught:
+        go(stage, "done")
+    assert "remove it to go on" in str(caught.value)
+    assert not stage.all_attempts()
+
+
+def test_a_living_supervisor_is_respected_and_a_dead_one_is_not(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    script = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from pixart_ds.cluster.launchers import LocalLauncher
+        from pixart_ds.cluster.supervise import supervise
+        launcher = LocalLauncher(1, extra=("--script", "leave-when-asked"), command={FAKE!r})
+        supervise(Path({str(stage.root.parent)!r}), "stage1", launcher=launcher, device="cpu")
+    """)
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert "rank 0 of 1" in other.stdout.readline()
+    with pytest.raises(MachineError, match=f"another supervisor runs this stage: pid {other.pid} on {socket.gethostname()}"):
+        go(stage, "done")
+    rank = int(json.loads((stage.attempt(1).root / "env-0.json").read_text()).get("PID", 0))
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert rank == 0
+    subprocess.run(["pkill", "-f", str(stage.root.parent)], check=False)  # the orphaned rank
+    assert go(stage, "done")[0] == 0
+    assert [e.outcome for e in read_book(stage.root.parent)["stage1"]] == ["running", "done"]
+
+
+def test_under_slurm_a_stopped_job_puts_itself_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    stage = a_run(tmp_path)
+    code, text = go(stage, "save-when-asked", after=0.7, signals=(signal.SIGUSR1,))
+    assert code == 0
+    assert (tmp_path / "calls").read_text() == "requeue 4711\n"
+    assert "job 4711 is requeued" in text
