@@ -34,15 +34,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pixart-ds", description="Train PixArt-α: from pictures to a finished model.", epilog=_EPILOG, allow_abbrev=False
+        prog="pixart-ds",
+        description="Train PixArt-α: from pictures to a finished model.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verb = _add(verbs, "demo", _demo, "the whole in small: draw, prepare, five stages, pictures, export, cost report")
-    verb.add_argument("--size", choices=("full", "smoke"), default="full", help="full learns (minutes); smoke only runs every part")
+    verb.add_argument(
+        "--size", choices=("full", "smoke"), default="full", help="full learns (minutes); smoke only runs every part"
+    )
     verb.add_argument("--images", type=Path, help="folder of your own pictures and captions instead of drawn ones")
-    verb.add_argument("--out", type=Path, help="folder for everything (default: demo-runs/SIZE); run again to go on where it stopped")
+    verb.add_argument(
+        "--out", type=Path, help="folder for everything (default: demo-runs/SIZE); run again to go on where it stopped"
+    )
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     verb.add_argument("--processes", type=_positive, default=2, help="ranks (default 2)")
 
@@ -68,9 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     verb = _add(verbs, "train", _train, "run or resume one stage: the supervisor of one allocation")
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("stage", help="name of the stage")
-    verb.add_argument("--chain", help="make the run from this chain if it is not there; otherwise check that it is the same")
+    verb.add_argument(
+        "--chain", help="make the run from this chain if it is not there; otherwise check that it is the same"
+    )
     _sets(verb, "execution.KEY=VALUE")
-    verb.add_argument("--launcher", choices=("local", "srun"), default="local", help="local: processes of this machine; srun: one task per GPU")
+    verb.add_argument(
+        "--launcher",
+        choices=("local", "srun"),
+        default="local",
+        help="local: processes of this machine; srun: one task per GPU",
+    )
     verb.add_argument("--processes", type=_positive, help="ranks of the local launcher (default: GPUs, or 2 on a CPU)")
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     _dry_run(verb)
@@ -106,13 +120,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(verbs: Any, name: str, handler: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
     parser.set_defaults(handler=handler)
     return parser
 
 
 def _sets(verb: argparse.ArgumentParser, form: str = "KEY.PATH=VALUE") -> None:
-    verb.add_argument("--set", dest="sets", action="append", default=[], metavar=form, help="override a key; may be repeated")
+    verb.add_argument(
+        "--set", dest="sets", action="append", default=[], metavar=form, help="override a key; may be repeated"
+    )
 
 
 def _json(verb: argparse.ArgumentParser) -> None:
@@ -188,7 +206,9 @@ def _create(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"run": str(options.run), "chain": chain.model_dump(mode="json"), "created": not options.dry_run})
     else:
-        print(f"{'would make' if options.dry_run else 'run'} {options.run}: {', '.join(stage.name for stage in chain.stages)}")
+        print(
+            f"{'would make' if options.dry_run else 'run'} {options.run}: {', '.join(stage.name for stage in chain.stages)}"
+        )
     return EXIT_DONE
 
 
@@ -202,7 +222,11 @@ def _train(options: argparse.Namespace) -> int:
     from pixart_ds.train.preflight import preflight
 
     if options.chain:
-        run = create_run(options.run, load_chain(options.chain), options.chain) if not options.dry_run else RunLayout(options.run)
+        run = (
+            create_run(options.run, load_chain(options.chain), options.chain)
+            if not options.dry_run
+            else RunLayout(options.run)
+        )
     run = open_run(options.run)
     frozen = read_stage(run, options.stage)
     stage = override_execution(frozen, options.sets)
@@ -214,7 +238,9 @@ def _train(options: argparse.Namespace) -> int:
     else:
         launcher = LocalLauncher(options.processes or _default_processes(options.device), extra=extra)
     if options.dry_run:
-        print(f"would run {stage.name} of {run.root} ({stage.total_steps} steps of {stage.global_batch_size} images) with {launcher}")
+        print(
+            f"would run {stage.name} of {run.root} ({stage.total_steps} steps of {stage.global_batch_size} images) with {launcher}"
+        )
         return EXIT_DONE
     layout = run.stage(stage.name)
     with ProgressBar(layout.attempts, stage.total_images, stage.name):
@@ -242,7 +268,9 @@ def _sample(options: argparse.Namespace) -> int:
     from pixart_ds.evaluate.command import sample_run
 
     answer = sample_run(options)
-    _print_json(answer) if options.json else print(f"{answer['pictures']} pictures of {answer['stage']}: {answer['out']}")
+    _print_json(answer) if options.json else print(
+        f"{answer['pictures']} pictures of {answer['stage']}: {answer['out']}"
+    )
     return EXIT_DONE
 
 
@@ -253,5 +281,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(answer)
     else:
-        print(f"{'would write' if options.dry_run else 'wrote'} the {answer['weights']} weights of {answer['stage']} to {answer['out']}")
+        print(
+            f"{'would write' if options.dry_run else 'wrote'} the {answer['weights']} weights of {answer['stage']} to {answer['out']}"
+        )
     return EXIT_DONE

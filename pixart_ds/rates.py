@@ -123,9 +123,17 @@ def assume(
     device = device or table.default_device[kind]
     country = country or table.default_country
     if device not in table.devices:
-        raise ConfigError(f"there is no device {device!r} in the table", where=_FILE, remedy=f"choose one of: {', '.join(table.devices)}")
+        raise ConfigError(
+            f"there is no device {device!r} in the table",
+            where=_FILE,
+            remedy=f"choose one of: {', '.join(table.devices)}",
+        )
     if country not in table.carbon:
-        raise ConfigError(f"there is no country {country!r} in the table", where=_FILE, remedy=f"choose one of: {', '.join(table.carbon)}")
+        raise ConfigError(
+            f"there is no country {country!r} in the table",
+            where=_FILE,
+            remedy=f"choose one of: {', '.join(table.carbon)}",
+        )
     for name, value, least in (("pue", pue, 1.0), ("price", price_per_hour, 0.0), ("watts", watts, 0.0)):
         if value is not None and value < least:
             raise ConfigError(f"{name} {value:g} is below {least:g}")

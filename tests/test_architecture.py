@@ -19,7 +19,17 @@ def test_imports_go_down_only() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["cli", "config.load", "config.freeze", "ledger.report", "cluster.supervise", "cluster.task", "train.status", "train.preflight", "plan.order"],
+    [
+        "cli",
+        "config.load",
+        "config.freeze",
+        "ledger.report",
+        "cluster.supervise",
+        "cluster.task",
+        "train.status",
+        "train.preflight",
+        "plan.order",
+    ],
 )
 def test_light_modules_load_without_torch(module: str) -> None:
     code = f"import sys, pixart_ds.{module}; heavy = {{'torch', 'deepspeed', 'diffusers', 'transformers', 'streaming'}} & set(sys.modules); assert not heavy, heavy"

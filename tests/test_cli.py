@@ -64,11 +64,19 @@ def test_create_freezes_a_chain_and_refuses_another(tmp_path: Path, capsys: pyte
     assert main(["create", folder, "--chain", "demo/chain", "--set", "*.seed=7"]) == 0
     assert main(["create", folder, "--chain", "demo/chain", "--set", "*.seed=7"]) == 0  # the same again
     capsys.readouterr()
-    assert main(["create", folder, "--chain", "demo/chain", "--set", "*.seed=7", "--set", "stage2.optimizer.eps=1e-8"]) == 2
+    assert (
+        main(["create", folder, "--chain", "demo/chain", "--set", "*.seed=7", "--set", "stage2.optimizer.eps=1e-8"])
+        == 2
+    )
     text = capsys.readouterr().err
     assert "stage2.optimizer.eps: 1e-10 → 1e-08" in text
     assert "start a new run" in text
-    assert main(["create", folder, "--chain", "demo/chain", "--set", "*.seed=7", "--set", "*.execution.micro_batch_size=3"]) == 0
+    assert (
+        main(
+            ["create", folder, "--chain", "demo/chain", "--set", "*.seed=7", "--set", "*.execution.micro_batch_size=3"]
+        )
+        == 0
+    )
     assert main(["status", folder, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out[len(f"run {folder}: ") :].split("\n", 1)[1])
     assert [row["state"] for row in rows] == ["not started"] * 5
@@ -81,7 +89,9 @@ def test_create_leaves_a_strangers_folder_alone(tmp_path: Path, capsys: pytest.C
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_train_says_what_is_missing_before_it_starts_a_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_says_what_is_missing_before_it_starts_a_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", str(tmp_path / "none"), "stage1"]) == 2
     assert "there is no run in this folder" in capsys.readouterr().err
     folder = str(tmp_path / "run")

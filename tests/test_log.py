@@ -13,13 +13,22 @@ from pixart_ds.log import Log, ProgressBar, duration, si
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (3600, "1 h 00 min"), (86400 * 3 + 4 * 3600, "3 d 04 h")],
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3600, "1 h 00 min"),
+        (86400 * 3 + 4 * 3600, "3 d 04 h"),
+    ],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0"), (999, "999"), (11_392, "11.4 k"), (1.7088e9, "1.71 G"), (3e12, "3 T")])
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (999, "999"), (11_392, "11.4 k"), (1.7088e9, "1.71 G"), (3e12, "3 T")]
+)
 def test_si(number: float, text: str) -> None:
     assert si(number) == text
 

@@ -76,7 +76,9 @@ def make_vae(folder: Path, minutes: float) -> None:
 def train_vae(vae: AutoencoderKL, minutes: float) -> None:
     """L1 + MSE + 1e-4 KL on pictures with a thing in almost every quarter: the codec is local, so that is more to learn from."""
     random = np.random.default_rng(1)
-    batches = {size: pictures([busy(scene, random) for scene in scenes(1500, 1)], random, *size) for size in set(PICTURE_SIZES)}
+    batches = {
+        size: pictures([busy(scene, random) for scene in scenes(1500, 1)], random, *size) for size in set(PICTURE_SIZES)
+    }
     adam = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
 
     def step(number: int) -> float:
@@ -84,7 +86,11 @@ def train_vae(vae: AutoencoderKL, minutes: float) -> None:
         target = images[torch.randint(len(images), (8,))]
         posterior = vae.encode(target).latent_dist
         made = vae.decode(posterior.sample()).sample
-        loss = F.l1_loss(made, target) + F.mse_loss(made, target) + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel() * 4
+        loss = (
+            F.l1_loss(made, target)
+            + F.mse_loss(made, target)
+            + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel() * 4
+        )
         return update(vae, adam, loss)
 
     run(step, minutes * 60, adam, 2e-3, "VAE")
@@ -140,7 +146,9 @@ def make_text_encoder(folder: Path, seconds: float) -> None:
     )  # fmt: skip
     with torch.no_grad():  # positions matter from the start
         encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(30)
-    print(f"text encoder: {sum(p.numel() for p in encoder.parameters()):,} parameters, {len(SPECIAL) + len(WORDS)} words")
+    print(
+        f"text encoder: {sum(p.numel() for p in encoder.parameters()):,} parameters, {len(SPECIAL) + len(WORDS)} words"
+    )
     train_text_encoder(encoder, tokenizer, seconds)
     encoder.eval().half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

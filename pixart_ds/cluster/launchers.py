@@ -40,7 +40,10 @@ class LaunchRequest:
 class Ranks(Protocol):
     """The ranks of one launch, running."""
 
-    world_size: int
+    @property
+    def world_size(self) -> int:
+        """How many."""
+        ...
 
     def send(self, number: signal.Signals) -> None:
         """Passes a signal to every rank that is alive."""
@@ -234,7 +237,12 @@ class SrunRanks:
     """The tasks of one srun."""
 
     def __init__(
-        self, argv: Sequence[str], environment: Mapping[str, str], world_size: int, request: LaunchRequest, output: TextIO
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        world_size: int,
+        request: LaunchRequest,
+        output: TextIO,
     ) -> None:
         self.world_size = world_size
         self._request = request

@@ -113,7 +113,9 @@ def supervise(
         ranks = launcher.start(LaunchRequest(run, stage, attempt, 1, device), output)
         files.write_json(attempt.env, environment(ranks.world_size, device))
         images_before = _images_seen(layout)
-        entry = open_entry(attempt, Entry.start(stage, attempt.number, 1, device, ranks.world_size, began, images_before))
+        entry = open_entry(
+            attempt, Entry.start(stage, attempt.number, 1, device, ranks.world_size, began, images_before)
+        )
         watch = _Watch(ranks, attempt, requests, timing or Timing(), entry)
         watch.until_all_left()
     finally:
@@ -122,7 +124,9 @@ def supervise(
     update_entry(attempt, watch.entry.ended_as(outcome["outcome"], time.time(), _last_metrics(attempt)))
     outcome |= {"started": _iso(began), "ended": _iso(time.time()), "world_size": ranks.world_size, "device": device}
     files.write_json(attempt.outcome, outcome)
-    log.event(f"attempt {attempt.number}: {outcome['outcome']}" + (f" ({outcome['cause']})" if outcome["cause"] else ""))
+    log.event(
+        f"attempt {attempt.number}: {outcome['outcome']}" + (f" ({outcome['cause']})" if outcome["cause"] else "")
+    )
     if outcome["outcome"] == "stopped" and (job := os.environ.get("SLURM_JOB_ID")):
         return _requeue(job, log)
     return int(outcome["exit_code"])
@@ -239,7 +243,7 @@ def _last_metrics(attempt: AttemptLayout) -> dict[str, Any]:
 
 def environment(world_size: int, device: str) -> dict[str, Any]:
     """Where and with what an attempt runs; no environment variable that could hold a secret."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "deepspeed", "mosaicml-streaming", "diffusers", "transformers", "numpy"):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -258,7 +262,13 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
     }
 
 
-_SLURM_NAMES = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION", "SLURM_RESTART_COUNT", "SLURM_JOB_NUM_NODES")
+_SLURM_NAMES = (
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION",
+    "SLURM_RESTART_COUNT",
+    "SLURM_JOB_NUM_NODES",
+)
 
 
 def _commit() -> str | None:

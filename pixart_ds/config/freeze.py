@@ -39,7 +39,9 @@ def create_run(root: Path, chain: ChainConfig, recipe: str) -> RunLayout:
         return run
     if root.is_dir() and any(p for p in root.iterdir() if not p.name.endswith(".tmp") and not _ours(run, chain, p)):
         raise ConfigError(
-            "the folder is neither empty nor a run", where=root, remedy="name a new folder, or one that `pixart-ds create` made"
+            "the folder is neither empty nor a run",
+            where=root,
+            remedy="name a new folder, or one that `pixart-ds create` made",
         )
     root.mkdir(parents=True, exist_ok=True)
     for stage in chain.stages:
@@ -76,7 +78,11 @@ def open_run(root: Path) -> RunLayout:
     """
     run = RunLayout(root)
     if not run.manifest.exists():
-        raise ConfigError("there is no run in this folder (no manifest.json)", where=root, remedy="make one: pixart-ds create RUN --chain demo/chain")
+        raise ConfigError(
+            "there is no run in this folder (no manifest.json)",
+            where=root,
+            remedy="make one: pixart-ds create RUN --chain demo/chain",
+        )
     return run
 
 
@@ -122,11 +128,14 @@ def override_execution(stage: StageConfig, overrides: Sequence[str]) -> StageCon
     Raises:
         ConfigError: An override changes what is trained; every such key is listed.
     """
-    changed = validate(StageConfig, apply_overrides(stage.model_dump(mode="json", exclude_none=True), overrides), "--set")
+    changed = validate(
+        StageConfig, apply_overrides(stage.model_dump(mode="json", exclude_none=True), overrides), "--set"
+    )
     lines = differences(identity(stage), identity(changed))
     if lines:
         raise ConfigError(
-            "these keys belong to the run and cannot change between attempts:\n" + "\n".join(f"  - {line}" for line in lines),
+            "these keys belong to the run and cannot change between attempts:\n"
+            + "\n".join(f"  - {line}" for line in lines),
             where="--set",
             remedy="override only keys of `execution`, or start a new run",
         )

@@ -51,7 +51,7 @@ def parse_yaml(text: str, where: object) -> Any:
         ConfigError: The text is not YAML; the message has line and column.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as cause:
         mark = getattr(cause, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(where)
@@ -68,7 +68,9 @@ def read_layers(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     except FileNotFoundError as cause:
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("**/*.yaml")))
         raise ConfigError(
-            f"there is no recipe file {path.name}", where=path, remedy=f"give a path, or one of the recipes of the package: {known}"
+            f"there is no recipe file {path.name}",
+            where=path,
+            remedy=f"give a path, or one of the recipes of the package: {known}",
         ) from cause
     except (OSError, UnicodeDecodeError) as cause:
         raise ConfigError(f"the recipe cannot be read: {cause}", where=path) from cause
@@ -92,7 +94,11 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """
     result = copy.deepcopy(dict(under))
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping) and not _alternatives(result[key], value):
+        if (
+            isinstance(value, Mapping)
+            and isinstance(result.get(key), Mapping)
+            and not _alternatives(result[key], value)
+        ):
             result[key] = merge(result[key], value)
         else:
             result[key] = copy.deepcopy(value)
@@ -100,7 +106,9 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alternatives(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return any(len({*one, *other} & set(pair)) == 2 and len(set(one) & set(pair)) == 1 for pair in (("steps", "images"),))
+    return any(
+        len({*one, *other} & set(pair)) == 2 and len(set(one) & set(pair)) == 1 for pair in (("steps", "images"),)
+    )
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -109,7 +117,9 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     for text in overrides:
         path, equals, raw = text.partition("=")
         if not equals or not path:
-            raise ConfigError(f"the override {text!r} is not key.path=value", remedy="write for example length.steps=100")
+            raise ConfigError(
+                f"the override {text!r} is not key.path=value", remedy="write for example length.steps=100"
+            )
         *parents, last = path.split(".")
         if last in ("steps", "images"):
             other = "images" if last == "steps" else "steps"
@@ -134,7 +144,9 @@ def _descend(values: Any, parents: Sequence[str], text: str) -> Any:
         elif isinstance(values, dict):
             values = values.setdefault(key, {})
         else:
-            raise ConfigError(f"{'.'.join(parents[: depth + 1])} leads into a value, not into a section", where=f"override {text!r}")
+            raise ConfigError(
+                f"{'.'.join(parents[: depth + 1])} leads into a value, not into a section", where=f"override {text!r}"
+            )
     if not isinstance(values, dict | list):
         raise ConfigError(f"{'.'.join(parents)} is a value, not a section", where=f"override {text!r}")
     return values
@@ -152,14 +164,18 @@ def validate(kind: type[ConfigT], values: Mapping[str, Any], where: object, name
         for number, name in enumerate(names):
             lines = [re.sub(rf"^stages\.{number}\b", name, line) for line in lines]
         count = f"{len(lines)} mistake" + ("s" if len(lines) > 1 else "")
-        raise ConfigError(f"{count} in the recipe:\n" + "\n".join(f"  - {line}" for line in lines), where=where) from cause
+        raise ConfigError(
+            f"{count} in the recipe:\n" + "\n".join(f"  - {line}" for line in lines), where=where
+        ) from cause
 
 
 def _lines(kind: type[BaseModel], problems: Sequence[Any]) -> list[str]:
     """One line for each wrong key."""
     # a list whose element is wrong also reports itself as too short: only the element is worth saying
     places = [problem["loc"] for problem in problems]
-    problems = [p for p in problems if not any(len(q) > len(p["loc"]) and q[: len(p["loc"])] == p["loc"] for q in places)]
+    problems = [
+        p for p in problems if not any(len(q) > len(p["loc"]) and q[: len(p["loc"])] == p["loc"] for q in places)
+    ]
     # the alternatives of a union report apart, with a tag for each in the path: one key, one line
     said: dict[str, list[str]] = {}
     for problem in problems:
@@ -249,7 +265,9 @@ def load_chain(recipe: str, overrides: Sequence[str] = ()) -> ChainConfig:
         wanted = list(stages) if target == "*" else [target]
         if not dot or any(name not in stages for name in wanted):
             raise ConfigError(
-                f"the override {text!r} names no stage of the chain", where=path, remedy=f"begin with one of: {', '.join(stages)}, *"
+                f"the override {text!r} names no stage of the chain",
+                where=path,
+                remedy=f"begin with one of: {', '.join(stages)}, *",
             )
         for name in wanted:
             stages[name] = apply_overrides(stages[name], [rest])

@@ -82,7 +82,9 @@ class ModelConfig(Section):
         if self.hidden_size % self.num_heads:
             problems.append(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:
-            problems.append(f"hidden_size {self.hidden_size} is not a multiple of 4, which the position embedding needs")
+            problems.append(
+                f"hidden_size {self.hidden_size} is not a multiple of 4, which the position embedding needs"
+            )
         if self.kind == "pixart":
             if self.caption_channels is None or self.max_tokens is None:
                 problems.append("kind pixart needs caption_channels and max_tokens")
@@ -257,7 +259,10 @@ class StageConfig(Section):
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} exceeds the stage's {self.total_steps} steps; "
                 "lower it or lengthen the stage"
             )
-        if isinstance(self.execution.checkpointed_blocks, int) and self.execution.checkpointed_blocks > self.model.depth:
+        if (
+            isinstance(self.execution.checkpointed_blocks, int)
+            and self.execution.checkpointed_blocks > self.model.depth
+        ):
             problems.append(
                 f"execution.checkpointed_blocks {self.execution.checkpointed_blocks} exceeds model.depth {self.model.depth}; "
                 "use all"
@@ -294,7 +299,9 @@ class ChainConfig(Section):
                 problems.append(f"two stages are called {stage.name}")
             origin = before.get(stage.init.stage or "")
             if stage.init.stage is not None and origin is None:
-                problems.append(f"{stage.name}.init.stage {stage.init.stage!r} is not an earlier stage ({', '.join(before) or 'none'})")
+                problems.append(
+                    f"{stage.name}.init.stage {stage.init.stage!r} is not an earlier stage ({', '.join(before) or 'none'})"
+                )
             if origin is not None:
                 wanted = "dit" if stage.init.source == "reparameterise" else stage.model.kind
                 if origin.model.kind != wanted:
@@ -305,7 +312,9 @@ class ChainConfig(Section):
                 for key in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "mlp_ratio"):
                     ours, theirs = getattr(stage.model, key), getattr(origin.model, key)
                     if ours != theirs:
-                        problems.append(f"{stage.name}.model.{key} {ours} differs from {origin.name}.model.{key} {theirs}")
+                        problems.append(
+                            f"{stage.name}.model.{key} {ours} differs from {origin.name}.model.{key} {theirs}"
+                        )
             before[stage.name] = stage
         if problems:
             raise ValueError("; ".join(problems))
@@ -319,7 +328,9 @@ class LatentsConfig(Section):
     """`256-square`, `512`, `1024`, …"""
     square: PositiveInt | None = None
     """Side in pixels: every picture is resized on its shorter side and centre-cropped to a square."""
-    sizes: Annotated[tuple[Size, ...], Field(strict=False)] | Literal["paper-256", "paper-512", "paper-1024"] | None = None
+    sizes: Annotated[tuple[Size, ...], Field(strict=False)] | Literal["paper-256", "paper-512", "paper-1024"] | None = (
+        None
+    )
     """One (height, width) in pixels for each ratio of `ratios`, or the paper's table at 256, 512 or 1024 px."""
 
     @model_validator(mode="after")
@@ -368,7 +379,9 @@ class PrepareConfig(Section):
                     problems.append(f"latents {latents.name}: {latents.sizes} needs ratios: paper")
             elif latents.sizes is not None:
                 if self.ratios == "paper":
-                    problems.append(f"latents {latents.name}: ratios: paper needs sizes paper-256, paper-512 or paper-1024")
+                    problems.append(
+                        f"latents {latents.name}: ratios: paper needs sizes paper-256, paper-512 or paper-1024"
+                    )
                 elif len(latents.sizes) != len(self.ratios):
                     problems.append(f"latents {latents.name}: {len(latents.sizes)} sizes for {len(self.ratios)} ratios")
         if problems:

@@ -7,7 +7,7 @@ import queue
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -62,13 +62,17 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The tensors on a device; copies from pinned memory do not block."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
         """The tensors in page-locked memory."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,9 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def steps(self, after: int, until: int) -> Iterator[int]:
@@ -171,7 +177,9 @@ class Loader:
 
     def _read_ahead(self) -> None:
         """Plans steps until enough micro-batches are on their way."""
-        while self._next < self._until and (len(self._waiting) < 2 or sum(len(f) for _, f in self._waiting) < self.ahead):
+        while self._next < self._until and (
+            len(self._waiting) < 2 or sum(len(f) for _, f in self._waiting) < self.ahead
+        ):
             share = self.order.share(self._next, self.global_batch_size, self.rank, self.world_size)
             futures: deque[Future[MicroBatch]] = deque()
             for plan in micro_batches(share, self.micro_batch_size):
@@ -218,7 +226,9 @@ class _Reader:
     def read(self, plan: StepPlan) -> MicroBatch:
         samples = [
             self._sample(*place)
-            for place in zip(plan.set_index.tolist(), plan.group.tolist(), plan.row.tolist(), plan.visit.tolist(), strict=True)
+            for place in zip(
+                plan.set_index.tolist(), plan.group.tolist(), plan.row.tolist(), plan.visit.tolist(), strict=True
+            )
         ]
         about = self.sets[int(plan.set_index[0])].description
         ratio = 1.0 if about.latents[self.latents].square else about.ratios[int(plan.bucket[0])]
@@ -250,7 +260,9 @@ class _Reader:
         image = self._columns(prepared, self.latents, group, row)
         part, stored_row = _int(image["part"]), _int(image["row"])
         stored_group = self._group_of_part[set_index].get(part, -1)
-        sample_id = self.order.sample_id(set_index, stored_group, stored_row)  # of what was read, not of what was planned
+        sample_id = self.order.sample_id(
+            set_index, stored_group, stored_row
+        )  # of what was read, not of what was planned
         shape = tuple(np.frombuffer(image["shape"], "<i4").tolist())
         moments = np.frombuffer(image["latents"], "<f2").reshape(shape).astype(np.float32)  # (2C, h, w)
         mean, std = moments[: about.latent_channels], moments[about.latent_channels :]
@@ -258,7 +270,8 @@ class _Reader:
         height, width = np.frombuffer(image["original_size"], "<i4").tolist()
         return _Sample(
             sample_id=sample_id,
-            latents=(mean + std * draws.latent_noise - np.float32(about.shift_factor)) * np.float32(about.scaling_factor),
+            latents=(mean + std * draws.latent_noise - np.float32(about.shift_factor))
+            * np.float32(about.scaling_factor),
             caption_embeds=np.frombuffer(text["caption_embeds"], "<f2").reshape(-1, about.caption_channels),
             class_label=_int(text["class_label"]),
             original_size=(height, width),

@@ -51,7 +51,9 @@ class ShardSet:
             self.shards = [self._shard(entry) for entry in shards]
             kinds = {(tuple(entry["column_names"]), tuple(entry["column_sizes"])) for entry in shards}
         except (KeyError, TypeError) as cause:
-            raise DataError(f"the index is not one of plain MDS shards with xxh3_64 hashes: {cause!r}", where=folder) from cause
+            raise DataError(
+                f"the index is not one of plain MDS shards with xxh3_64 hashes: {cause!r}", where=folder
+            ) from cause
         if len(kinds) > 1:
             raise DataError(f"the index holds shards of {len(kinds)} kinds", where=folder, remedy=_PREPARE_AGAIN)
         names, self.sizes = next(iter(kinds)) if kinds else ((), ())
@@ -92,7 +94,9 @@ class OpenShard:
         try:
             self._descriptor = os.open(shard.path, os.O_RDONLY)
         except OSError as cause:
-            raise DataError(f"the shard cannot be opened: {cause.strerror}", where=shard.path, remedy=_PREPARE_AGAIN) from cause
+            raise DataError(
+                f"the shard cannot be opened: {cause.strerror}", where=shard.path, remedy=_PREPARE_AGAIN
+            ) from cause
         self._check()
         (count,) = struct.unpack("<I", os.pread(self._descriptor, 4, 0))
         self._offsets = np.frombuffer(os.pread(self._descriptor, 4 * (count + 1), 4), "<u4").tolist()
@@ -127,7 +131,9 @@ class OpenShard:
             values[name] = data[at : at + length]
             at += length
         if at != len(data):
-            raise DataError(f"row {row} has {len(data)} bytes, its columns {at}", where=self.shard.path, remedy=_PREPARE_AGAIN)
+            raise DataError(
+                f"row {row} has {len(data)} bytes, its columns {at}", where=self.shard.path, remedy=_PREPARE_AGAIN
+            )
         return values
 
 

@@ -35,8 +35,21 @@ from pixart_ds.plan.order import SetRows
 from pixart_ds.plan.random import key_of, permutation, raw_words
 
 FORMAT = 1
-_CAPTION_COLUMNS = {"caption": "str", "caption_embeds": "bytes", "class_label": "int", "name": "str", "part": "int", "row": "int"}
-_LATENT_COLUMNS = {"latents": "bytes", "original_size": "ndarray:int32:2", "part": "int", "row": "int", "shape": "ndarray:int32:3"}
+_CAPTION_COLUMNS = {
+    "caption": "str",
+    "caption_embeds": "bytes",
+    "class_label": "int",
+    "name": "str",
+    "part": "int",
+    "row": "int",
+}
+_LATENT_COLUMNS = {
+    "latents": "bytes",
+    "original_size": "ndarray:int32:2",
+    "part": "int",
+    "row": "int",
+    "shape": "ndarray:int32:3",
+}
 _MAX_SHARD_BYTES = (1 << 32) - 1  # MDS offsets are 32 bits
 
 
@@ -146,7 +159,9 @@ class SetWriter:
         files.write_json(self.folder / "parts" / f"{part_name(part)}.json", marker)
 
     def _caption_sample(self, part: int, number: int, row: Row) -> dict[str, Any]:
-        if row.caption_embeds.dtype != np.float16 or row.caption_embeds.shape[1:] != (self.description.caption_channels,):
+        if row.caption_embeds.dtype != np.float16 or row.caption_embeds.shape[1:] != (
+            self.description.caption_channels,
+        ):
             raise DataError(f"{row.name}: caption features are {row.caption_embeds.dtype} {row.caption_embeds.shape}")
         return {
             "caption": row.caption,
@@ -189,7 +204,9 @@ class SetWriter:
         os.rename(temporary, final)
         files.sync_folder(folder)
 
-    def finish(self, null_embeds: npt.NDArray[np.float16], prompts: Sequence[tuple[str, npt.NDArray[np.float16]]]) -> None:
+    def finish(
+        self, null_embeds: npt.NDArray[np.float16], prompts: Sequence[tuple[str, npt.NDArray[np.float16]]]
+    ) -> None:
         """Merges the indexes of all parts and writes conditions, rows and manifest.
 
         Args:
@@ -198,12 +215,18 @@ class SetWriter:
         """
         from safetensors.numpy import save
 
-        markers = [files.read_json(self.folder / "parts" / f"{part_name(part)}.json") for part in sorted(self.parts_done())]
+        markers = [
+            files.read_json(self.folder / "parts" / f"{part_name(part)}.json") for part in sorted(self.parts_done())
+        ]
         groups = [marker for marker in markers if marker["count"]]
         if not groups:
-            raise DataError("no part of the set holds a row", where=self.folder, remedy="look at skipped.jsonl beside it")
+            raise DataError(
+                "no part of the set holds a row", where=self.folder, remedy="look at skipped.jsonl beside it"
+            )
         for folder in self._folders():
-            files.write_json(folder / "index.json", {"version": 2, "shards": [_index_entry(folder, group) for group in groups]})
+            files.write_json(
+                folder / "index.json", {"version": 2, "shards": [_index_entry(folder, group) for group in groups]}
+            )
         tensors = {"null": null_embeds, **{f"prompt.{number}": embeds for number, (_, embeds) in enumerate(prompts)}}
         files.write_durable(self.folder / "conditions.safetensors", [save(tensors)])
         files.write_json(self.folder / "prompts.json", [text for text, _ in prompts])
@@ -329,7 +352,9 @@ class PreparedSet:
         info = self.description.latents.get(name)
         if info is None:
             known = ", ".join(self.description.latents)
-            raise DataError(f"the set has no latents {name!r}", where=self.path, remedy=f"set data.latents to one of: {known}")
+            raise DataError(
+                f"the set has no latents {name!r}", where=self.path, remedy=f"set data.latents to one of: {known}"
+            )
         return info
 
     def rows_for(self, latents: str, config: SetConfig) -> SetRows:
@@ -363,8 +388,12 @@ class PreparedSet:
         if config.min_side is not None:
             keep &= np.minimum(rows["height"], rows["width"]) >= config.min_side
         if not keep.any():
-            said = ", ".join(f"{key} {value}" for key, value in config.model_dump(exclude={"path"}).items() if value is not None)
-            raise DataError(f"the selection leaves no sample of {self.num_samples} ({said})", where=self.path, remedy="loosen it")
+            said = ", ".join(
+                f"{key} {value}" for key, value in config.model_dump(exclude={"path"}).items() if value is not None
+            )
+            raise DataError(
+                f"the selection leaves no sample of {self.num_samples} ({said})", where=self.path, remedy="loosen it"
+            )
         ends = self.counts.cumsum()
         parts = (keep[end - count : end] for count, end in zip(self.counts, ends, strict=True))
         return tuple(None if part.all() else np.flatnonzero(part).astype(np.int64) for part in parts)

@@ -29,7 +29,9 @@ class Sheet:
     score: dict[str, float] | None
 
 
-def draw_sheet(run: RunLayout, name: str, data: Path, folder: Path, scenes: Sequence[Scene] | None, device: str) -> Sheet:
+def draw_sheet(
+    run: RunLayout, name: str, data: Path, folder: Path, scenes: Sequence[Scene] | None, device: str
+) -> Sheet:
     """Samples a stage's EMA with the set's held prompts (or classes), writes the sheet, and scores all pictures.
 
     Args:
@@ -83,7 +85,10 @@ def _sizes(stage: StageConfig, prepared: PreparedSet, factor: int) -> list[tuple
 
 
 def _judged(
-    stage: StageConfig, pictures: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], scenes: Sequence[Scene] | None
+    stage: StageConfig,
+    pictures: Sequence[npt.NDArray[np.uint8]],
+    captions: Sequence[str],
+    scenes: Sequence[Scene] | None,
 ) -> tuple[dict[str, float] | None, list[bool] | None]:
     if scenes is None:
         return None, None
@@ -98,6 +103,10 @@ def draw_from_export(folder: Path, stage: StageConfig, prompt: str, side: int, p
     """A sheet with one picture that was made from an exported folder through diffusers alone."""
     previews = stage.previews
     picture = sample_export(
-        folder, prompt, (side, side), guidance_scale=previews.guidance_scale, num_inference_steps=previews.num_inference_steps
+        folder,
+        prompt,
+        (side, side),
+        guidance_scale=previews.guidance_scale,
+        num_inference_steps=previews.num_inference_steps,
     )
     save_grid([picture], [prompt], path, columns=1, cell=256)

@@ -94,7 +94,8 @@ def judge(picture: Image, scene: Scene) -> dict[str, float]:
     colour = sum(found is not None and found[0].colour == thing.colour for thing, found in seen) / count
     size = sum(found is not None and found[0].size == thing.size for thing, found in seen) / count
     shape = (
-        sum(found is not None and found[0].shape == thing.shape and found[1] > SHAPE_OVERLAP for thing, found in seen) / count
+        sum(found is not None and found[0].shape == thing.shape and found[1] > SHAPE_OVERLAP for thing, found in seen)
+        / count
     )
     ground = float(reading.ground == scene.ground)
     everything = float(place == colour == shape == ground == 1)

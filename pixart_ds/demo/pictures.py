@@ -24,7 +24,23 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 SIZES = {"small": 0.62, "large": 0.92}
 """Radius as a share of a quarter of the picture's shorter side."""
 
-WORDS = ("a", "and", "at", "the", "on", "background", "top", "bottom", "left", "right", "picture", *SIZES, *COLOURS, *SHAPES, *GROUNDS)
+WORDS = (
+    "a",
+    "and",
+    "at",
+    "the",
+    "on",
+    "background",
+    "top",
+    "bottom",
+    "left",
+    "right",
+    "picture",
+    *SIZES,
+    *COLOURS,
+    *SHAPES,
+    *GROUNDS,
+)
 """Every word that a caption can have."""
 
 _OVERSAMPLING = 3
@@ -101,7 +117,9 @@ def class_name(scene: Scene) -> str:
     return f"{scene.things[0].colour} {scene.things[0].shape}"
 
 
-def covers(shape: str, dy: npt.NDArray[np.float32], dx: npt.NDArray[np.float32], radius: float) -> npt.NDArray[np.bool_]:
+def covers(
+    shape: str, dy: npt.NDArray[np.float32], dx: npt.NDArray[np.float32], radius: float
+) -> npt.NDArray[np.bool_]:
     """Where a shape of this radius covers points at these distances from its centre."""
     if shape == "circle":
         return dx * dx + dy * dy < radius * radius
@@ -197,4 +215,3 @@ def _size(random: np.random.Generator) -> tuple[int, int]:
     shorter = int(random.integers(48, 81))
     longer = round(shorter * max(ratio, 1 / ratio))
     return (longer, shorter) if ratio > 1 else (shorter, longer)
-

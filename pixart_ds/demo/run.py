@@ -79,7 +79,9 @@ class Demo:
             with self._part("draw pictures"):
                 self._draw()
         else:
-            self.log.event(f"your own pictures from {self.images}; the toy VAE has only seen drawn scenes, so expect blurred pictures")
+            self.log.event(
+                f"your own pictures from {self.images}; the toy VAE has only seen drawn scenes, so expect blurred pictures"
+            )
         with self._part("prepare latents and caption features"):
             self._prepare()
         run = self._create()
@@ -122,9 +124,19 @@ class Demo:
         """Prompts that no training picture shows; of the user's own pictures some of their captions."""
         if self.images is None:
             return [caption(scene) for scene in held_out_scenes(self.about.prompts, PROMPT_SEED)]
-        captions = sorted({path.read_text(encoding="utf-8").strip() for path in self.images.rglob("*.txt") if path.suffixes == [".txt"]})
+        captions = sorted(
+            {
+                path.read_text(encoding="utf-8").strip()
+                for path in self.images.rglob("*.txt")
+                if path.suffixes == [".txt"]
+            }
+        )
         if not captions:
-            raise DataError("there is no caption NAME.txt beside any picture", where=self.images, remedy="write one text file beside each picture")
+            raise DataError(
+                "there is no caption NAME.txt beside any picture",
+                where=self.images,
+                remedy="write one text file beside each picture",
+            )
         return captions[:: max(1, len(captions) // self.about.prompts)][: self.about.prompts]
 
     def _prepare(self) -> None:
@@ -161,7 +173,9 @@ class Demo:
         if stage.name == INTERRUPTED_STAGE and not layout.all_attempts():
             self._train_half(run, stage)
             fewer = 1 if self.processes > 1 else 2
-            self.log.event(f"   stopped with exit code {EXIT_STOPPED}; resumes on {fewer} process{'es' if fewer > 1 else ''} instead of {self.processes}")
+            self.log.event(
+                f"   stopped with exit code {EXIT_STOPPED}; resumes on {fewer} process{'es' if fewer > 1 else ''} instead of {self.processes}"
+            )
             self._supervise(run, stage, fewer).check()
         else:
             self._supervise(run, stage, self.processes).check()
@@ -211,8 +225,12 @@ class Demo:
     def _cost_report(self) -> str:
         script = Path(__file__).resolve().parents[2] / "tools" / "cost_report.py"
         if not script.exists():
-            raise MachineError("tools/cost_report.py is not beside the package", where=script, remedy="run the demo from a checkout")
-        answer = subprocess.run([sys.executable, str(script), str(self.run_layout.root)], capture_output=True, text=True, check=False)
+            raise MachineError(
+                "tools/cost_report.py is not beside the package", where=script, remedy="run the demo from a checkout"
+            )
+        answer = subprocess.run(
+            [sys.executable, str(script), str(self.run_layout.root)], capture_output=True, text=True, check=False
+        )
         if answer.returncode:
             raise PixArtError(f"the cost report failed:\n{answer.stderr}", where=script)
         files.write_text(self.out / "cost_report.txt", answer.stdout)
@@ -225,7 +243,10 @@ class Demo:
             lines.append(f"  {'stage':<14}" + "".join(f"{name:>9}" for name in MEASURES))
             for stage, sheet in sheets:
                 values = sheet.score or {}
-                lines.append(f"  {stage:<14}" + "".join(f"{values[name]:9.2f}" if name in values else f"{'-':>9}" for name in MEASURES))
+                lines.append(
+                    f"  {stage:<14}"
+                    + "".join(f"{values[name]:9.2f}" if name in values else f"{'-':>9}" for name in MEASURES)
+                )
             lines.append("")
         lines.append("Time of each part:")
         lines += [f"  {name:<44}{duration(seconds):>14}" for name, seconds in self.times]
@@ -239,7 +260,7 @@ class Demo:
             f"  cost report              {self.out / 'cost_report.txt'}",
             "",
             "Next:",
-            f"  pixart-ds sample {self.run_layout.root} --prompt \"{self._prompts()[0]}\" --out picture.png",
+            f'  pixart-ds sample {self.run_layout.root} --prompt "{self._prompts()[0]}" --out picture.png',
             f"  tensorboard --logdir {self.run_layout.root}",
         ]
         print("\n".join(lines), flush=True)
@@ -259,7 +280,8 @@ class _Supervised:
             self.process.wait()  # it saves and leaves
             raise
         if code != expected:
-            error = PixArtError(f"{self.name} ended with exit code {code} instead of {expected}; its messages stand above")
+            error = PixArtError(
+                f"{self.name} ended with exit code {code} instead of {expected}; its messages stand above"
+            )
             error.exit_code = code if code in (2, 3, 4, 5, EXIT_STOPPED) else error.exit_code
             raise error
-

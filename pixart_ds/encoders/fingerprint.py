@@ -19,11 +19,15 @@ def encoder_folder(name: str, kind: str) -> str:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ConfigError(f"the {kind} folder has no config.json", where=path.resolve(), remedy="give the folder of one model")
+            raise ConfigError(
+                f"the {kind} folder has no config.json", where=path.resolve(), remedy="give the folder of one model"
+            )
         return str(path)
     looks_like_a_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not looks_like_a_hub_name:
-        raise ConfigError(f"there is no {kind} folder {name}", where=path.resolve(), remedy="give a folder, or a hub name owner/model")
+        raise ConfigError(
+            f"there is no {kind} folder {name}", where=path.resolve(), remedy="give a folder, or a hub name owner/model"
+        )
     return name
 
 

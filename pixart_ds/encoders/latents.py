@@ -52,7 +52,9 @@ class KLEncoder:
         try:
             self._vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
         except (OSError, ValueError) as cause:
-            raise ConfigError(f"no AutoencoderKL can be loaded from {name}: {cause}", remedy="give a diffusers VAE folder") from cause
+            raise ConfigError(
+                f"no AutoencoderKL can be loaded from {name}: {cause}", remedy="give a diffusers VAE folder"
+            ) from cause
         self._device = device
         config = self._vae.config
         self.channels: int = config.latent_channels
@@ -72,7 +74,10 @@ class KLEncoder:
         posterior = self._vae.encode(pixels).latent_dist
         moments = torch.cat([posterior.mean, posterior.std], 1)  # (B, 2C, h, w)
         if not bool((moments.abs() < _FP16_MAX).all()):
-            raise DataError("the VAE gave latents that are not finite in fp16", remedy="look at the pictures, or use a VAE made for fp16")
+            raise DataError(
+                "the VAE gave latents that are not finite in fp16",
+                remedy="look at the pictures, or use a VAE made for fp16",
+            )
         return moments.cpu().numpy()
 
     @torch.no_grad()

@@ -69,15 +69,21 @@ class T5Encoder:
         Raises:
             DataError: Features that fp16 cannot hold, with the caption.
         """
-        tokens = self._tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        tokens = self._tokenizer(
+            list(captions), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
         mask = tokens.attention_mask.to(self._device)
-        features = self._model(tokens.input_ids.to(self._device), attention_mask=mask).last_hidden_state.cpu()  # (B, L, D)
+        features = self._model(
+            tokens.input_ids.to(self._device), attention_mask=mask
+        ).last_hidden_state.cpu()  # (B, L, D)
         lengths = mask.sum(1).tolist()
         made = []
         for caption, row, length in zip(captions, features, lengths, strict=True):
             real = row[:length]
             if not bool((real.abs() < _FP16_MAX).all()):
-                raise DataError(f"the text encoder gave features that are not finite in fp16 for the caption {caption[:80]!r}")
+                raise DataError(
+                    f"the text encoder gave features that are not finite in fp16 for the caption {caption[:80]!r}"
+                )
             made.append(real.numpy().astype(np.float16))
         return made
 

@@ -38,8 +38,20 @@ def sample_run(options: Namespace) -> dict[str, Any]:
         num_inference_steps=options.steps or previews.num_inference_steps,
         scheduler=previews.scheduler,
     )
-    save_grid(pictures, captions, options.out, title=f"{run.root.name}, {name}, {options.weights}", columns=min(6, len(pictures)))
-    return {"stage": name, "weights": options.weights, "pictures": len(pictures), "size": list(size), "out": str(options.out)}
+    save_grid(
+        pictures,
+        captions,
+        options.out,
+        title=f"{run.root.name}, {name}, {options.weights}",
+        columns=min(6, len(pictures)),
+    )
+    return {
+        "stage": name,
+        "weights": options.weights,
+        "pictures": len(pictures),
+        "size": list(size),
+        "out": str(options.out),
+    }
 
 
 def _wishes(

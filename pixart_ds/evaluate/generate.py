@@ -71,7 +71,9 @@ def generate(
     by_size: dict[tuple[int, int], list[int]] = {}
     for number, wish in enumerate(wishes):
         if wish.size[0] % step or wish.size[1] % step:
-            raise ConfigError(f"a picture of {wish.size[0]}x{wish.size[1]} pixels cannot be made", remedy=f"use multiples of {step}")
+            raise ConfigError(
+                f"a picture of {wish.size[0]}x{wish.size[1]} pixels cannot be made", remedy=f"use multiples of {step}"
+            )
         by_size.setdefault(wish.size, []).append(number)
     for size, numbers in by_size.items():
         for start in range(0, len(numbers), _AT_ONCE):

@@ -77,7 +77,13 @@ def pipeline_of(config: ModelConfig, state: dict[str, torch.Tensor], vae: str, t
 
 
 def export_pipeline(
-    folder: Path, config: ModelConfig, state: dict[str, torch.Tensor], *, vae: str, text_encoder: str, lineage: dict[str, Any]
+    folder: Path,
+    config: ModelConfig,
+    state: dict[str, torch.Tensor],
+    *,
+    vae: str,
+    text_encoder: str,
+    lineage: dict[str, Any],
 ) -> None:
     """Writes the pipeline's folder; an earlier export of ours is replaced once the new one is whole.
 
@@ -87,7 +93,9 @@ def export_pipeline(
     if config.kind != "pixart":
         raise ConfigError("only PixArt nets can be exported; this stage trains a DiT", remedy="export a later stage")
     if folder.exists() and any(folder.iterdir()) and not (folder / LINEAGE).exists():
-        raise ConfigError("the folder is not empty and no earlier export", where=folder.resolve(), remedy="name a new folder")
+        raise ConfigError(
+            "the folder is not empty and no earlier export", where=folder.resolve(), remedy="name a new folder"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = files.temporary_name(folder)
     if temporary.exists():

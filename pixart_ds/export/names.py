@@ -40,16 +40,21 @@ _DROPPED = ("pos_embed", "y_embedder.y_embedding")
 
 def _names(depth: int, micro_conditions: bool) -> list[tuple[str, tuple[str, ...]]]:
     """Every official parameter with its diffusers names."""
-    modules = [(ours, (theirs,)) for ours, theirs in {**_SHARED, **(_SIZES if micro_conditions else {})}.items()]
+    modules: list[tuple[str, tuple[str, ...]]] = [
+        (ours, (theirs,)) for ours, theirs in {**_SHARED, **(_SIZES if micro_conditions else {})}.items()
+    ]
     for number in range(depth):
         ours, theirs = f"blocks.{number}.", f"transformer_blocks.{number}."
         modules += [(ours + name, (theirs + other,)) for name, other in _BLOCK.items()]
         modules += [(ours + name, tuple(theirs + other for other in others)) for name, others in _SPLIT.items()]
     pairs = [
-        (f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs)) for ours, theirs in modules for kind in ("weight", "bias")
+        (f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs))
+        for ours, theirs in modules
+        for kind in ("weight", "bias")
     ]
     pairs += [
-        (f"blocks.{number}.scale_shift_table", (f"transformer_blocks.{number}.scale_shift_table",)) for number in range(depth)
+        (f"blocks.{number}.scale_shift_table", (f"transformer_blocks.{number}.scale_shift_table",))
+        for number in range(depth)
     ]
     return [*pairs, ("final_layer.scale_shift_table", ("scale_shift_table",))]
 
@@ -88,6 +93,8 @@ def _depth(state: State, prefix: str) -> int:
 
 
 def _check(found: set[str], wanted: set[str], what: str) -> None:
-    lines = [f"missing: {name}" for name in sorted(wanted - found)] + [f"extra: {name}" for name in sorted(found - wanted)]
+    lines = [f"missing: {name}" for name in sorted(wanted - found)] + [
+        f"extra: {name}" for name in sorted(found - wanted)
+    ]
     if lines:
         raise CheckpointError(f"the weights are not {what}:\n" + "\n".join(f"  - {line}" for line in lines))

@@ -29,7 +29,9 @@ def read_book(run: Path) -> dict[str, list[Entry]]:
     """
     layout = RunLayout(run)
     if not layout.manifest.exists():
-        raise DataError("there is no run in this folder (no manifest.json)", where=run.resolve(), remedy="give the folder of a run")
+        raise DataError(
+            "there is no run in this folder (no manifest.json)", where=run.resolve(), remedy="give the folder of a run"
+        )
     stages = files.read_json(layout.manifest)["stages"]
     return {stage: [e for attempt in layout.stage(stage).all_attempts() for e in _fold(attempt)] for stage in stages}
 

@@ -79,10 +79,17 @@ def page(values: dict[str, Any]) -> str:
         for number, attempt in enumerate(stage["attempts"]):
             name = stage["stage"] if number == 0 else ""
             paper = _days(stage["paper_v100_days"]) if number == 0 else ""
-            lines.append(_line(name, f"{attempt['attempt']} {attempt['outcome']}", str(attempt["devices"]), attempt, paper))
+            lines.append(
+                _line(name, f"{attempt['attempt']} {attempt['outcome']}", str(attempt["devices"]), attempt, paper)
+            )
         if not stage["attempts"]:
             lines.append(f"{stage['stage']:<13}{'not started':<17}{'':>61}{_days(stage['paper_v100_days']):>18}")
-    lines += ["-" * 109, _line("together", "", "", values["total"], _days(values["paper"]["v100_days"])), "", "Assumptions:"]
+    lines += [
+        "-" * 109,
+        _line("together", "", "", values["total"], _days(values["paper"]["v100_days"])),
+        "",
+        "Assumptions:",
+    ]
     for kind in values["assumptions"].values():
         lines += [f"  - {line}" for line in Assumptions.model_validate(kind).lines()]
     lines.append(f"  - figures are estimates from wall time, source: {values['source']}")
@@ -100,7 +107,13 @@ def page(values: dict[str, Any]) -> str:
 def _line(stage: str, attempt: str, devices: str, values: dict[str, Any], paper: str) -> str:
     figures = "".join(
         f"{_digits(values[name]):>{width}}"
-        for name, width in (("device_hours", 14), ("kwh", 10), ("kg_co2e", 10), ("dollars", 9), ("images_per_second", 10))
+        for name, width in (
+            ("device_hours", 14),
+            ("kwh", 10),
+            ("kg_co2e", 10),
+            ("dollars", 9),
+            ("images_per_second", 10),
+        )
     )
     return f"{stage:<13}{attempt:<17}{devices:>8}{figures}{paper:>18}"
 

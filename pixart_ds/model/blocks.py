@@ -93,7 +93,8 @@ class NumberEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return self.mlp(sinusoid(values).to(self.mlp[0].weight.dtype))  # (B,) → (B, D)
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(sinusoid(values).to(dtype))  # (B,) → (B, D)
 
 
 class PatchEmbedder(nn.Module):

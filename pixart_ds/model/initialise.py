@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pixart_ds.model.dit import DiT
-from pixart_ds.model.pixart import PixArt
+from pixart_ds.model.pixart import PixArt, PixArtBlock
 
 SIZE_EMBEDDERS = ("csize_embedder.", "ar_embedder.")
 """What a net with micro-conditions has beyond one without."""
@@ -48,11 +48,12 @@ def _initialise_pixart(net: PixArt, random: torch.Generator) -> None:
     _normal(net, net.t_block[1], random, _PAPER_WIDTH)
     _normal(net, net.y_embedder.y_proj.fc1, random, _PAPER_CAPTION_CHANNELS)
     _normal(net, net.y_embedder.y_proj.fc2, random, _PAPER_WIDTH)
-    if net.config.micro_conditions:
-        for embedder in (net.csize_embedder, net.ar_embedder):
+    for embedder in (net.csize_embedder, net.ar_embedder):
+        if embedder is not None:
             _normal(net, embedder.mlp[0], random, _fan_in(embedder.mlp[0]))
             _normal(net, embedder.mlp[2], random, _PAPER_WIDTH // 3)
     for block in net.blocks:
+        assert isinstance(block, PixArtBlock)
         block.scale_shift_table.normal_(0, width**-0.5, generator=random)
         nn.init.zeros_(block.cross_attn.proj.weight)
     net.final_layer.scale_shift_table.normal_(0, width**-0.5, generator=random)

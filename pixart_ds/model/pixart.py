@@ -32,7 +32,9 @@ class PixArtBlock(nn.Module):
         self.cross_attn = CrossAttention(width, config.num_heads)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
-    def forward(self, x: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         # (B, 6, D): shift, scale, gate of the attention, then of the MLP
         parts = self.scale_shift_table + modulation
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts.chunk(6, dim=1)  # each (B, 1, D)
@@ -43,6 +45,8 @@ class PixArtBlock(nn.Module):
 
 class CaptionEmbedder(nn.Module):
     """Caption features to the net's width; the null caption is a buffer, stored but never trained."""
+
+    y_embedding: torch.Tensor
 
     def __init__(self, channels: int, width: int, max_tokens: int) -> None:
         super().__init__()
@@ -87,9 +91,8 @@ class PixArt(nn.Module):
         self.t_embedder = NumberEmbedder(width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(config.caption_channels, width, config.max_tokens)
-        if config.micro_conditions:
-            self.csize_embedder = NumberEmbedder(width // 3)
-            self.ar_embedder = NumberEmbedder(width // 3)
+        self.csize_embedder = NumberEmbedder(width // 3) if config.micro_conditions else None
+        self.ar_embedder = NumberEmbedder(width // 3) if config.micro_conditions else None
         self.blocks = nn.ModuleList(PixArtBlock(config, fp32_attention=fp32_attention) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, patch * patch * 2 * config.in_channels)
         self.positions = Positions(width, config.base_size, config.interpolation_scale)
@@ -157,5 +160,7 @@ class PixArt(nn.Module):
         """Embeddings of height, width and ratio side by side: (B, D)."""
         if original_sizes is None or aspect_ratios is None:
             raise ConfigError("a net with micro_conditions needs original_sizes and aspect_ratios")
+        assert self.csize_embedder is not None
+        assert self.ar_embedder is not None
         size = self.csize_embedder(original_sizes.flatten()).unflatten(0, (-1, 2)).flatten(1)  # (B, 2D/3)
         return torch.cat([size, self.ar_embedder(aspect_ratios)], 1)  # (B, D)

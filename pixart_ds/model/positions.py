@@ -39,7 +39,8 @@ def sinusoid(values: torch.Tensor, channels: int = 256) -> torch.Tensor:
     """
     half = channels // 2
     frequency = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=values.device) * (-torch.log(torch.tensor(10000.0)).item() / half)
+        torch.arange(half, dtype=torch.float32, device=values.device)
+        * (-torch.log(torch.tensor(10000.0)).item() / half)
     )
     angle = values.float()[:, None] * frequency[None, :]
     return torch.cat([angle.cos(), angle.sin()], -1)

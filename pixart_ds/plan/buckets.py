@@ -8,7 +8,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-_PAPER: tuple[tuple[float, int, int], ...] = (  # ratio h/w, height and width at 1024 px (paper appendix A.5, released code)
+_PAPER: tuple[
+    tuple[float, int, int], ...
+] = (  # ratio h/w, height and width at 1024 px (paper appendix A.5, released code)
     (0.25, 512, 2048),
     (0.26, 512, 1984),
     (0.27, 512, 1920),

@@ -46,7 +46,8 @@ class SetRows:
         if self.selected is None:
             return self.counts
         return np.array(
-            [count if rows is None else len(rows) for rows, count in zip(self.selected, self.counts, strict=True)], np.int64
+            [count if rows is None else len(rows) for rows, count in zip(self.selected, self.counts, strict=True)],
+            np.int64,
         )
 
 
@@ -128,7 +129,8 @@ class Order:
         self.num_samples = int(self._taken.sum())
         if self.num_samples == 0:
             raise DataError(
-                f"the selection leaves no sample of {int(rows.sum())}", remedy="loosen the filters or the counts of the sets"
+                f"the selection leaves no sample of {int(rows.sum())}",
+                remedy="loosen the filters or the counts of the sets",
             )
         self._lane = self._deal()
         self._lane_groups = [np.flatnonzero(self._lane == lane) for lane in range(lanes)]
@@ -157,7 +159,9 @@ class Order:
         Sample j of lane l has the time (2j + 1) / (2 n_l); the pass goes by time, ties by lane.
         """
         sizes, total = self.lane_sizes, self.num_samples
-        given = (2 * done * sizes + total) // (2 * total)  # nearest whole number: at most half a sample off in each lane
+        given = (2 * done * sizes + total) // (
+            2 * total
+        )  # nearest whole number: at most half a sample off in each lane
         while (left := int(done - given.sum())) != 0:
             step = 1 if left > 0 else -1
             open_lanes = np.flatnonzero(given < sizes if left > 0 else given > 0)

@@ -90,7 +90,9 @@ class Report:
             f"in {duration(self.seconds)}"
         ]
         if self.skipped:
-            lines.append(f"{self.skipped} broken pictures were left out; they are listed in {self.path / 'skipped.jsonl'}")
+            lines.append(
+                f"{self.skipped} broken pictures were left out; they are listed in {self.path / 'skipped.jsonl'}"
+            )
         if self.truncated:
             lines.append(f"{self.truncated} captions were longer than the recipe's max_tokens and were cut")
         return "\n".join(lines)
@@ -182,7 +184,9 @@ def describe(config: PrepareConfig, plan: Plan, vae: KLEncoder, text: T5Encoder)
         odd = [size for size in sizes if any(side % (factor * _PATCH) for side in size)]
         if odd:
             problems.append(f"latents {item.name}: {odd} are no multiples of {factor * _PATCH} pixels")
-        latents[item.name] = LatentsInfo(square=item.square is not None, sizes=tuple((h // factor, w // factor) for h, w in sizes))
+        latents[item.name] = LatentsInfo(
+            square=item.square is not None, sizes=tuple((h // factor, w // factor) for h, w in sizes)
+        )
     if problems:
         raise ConfigError(
             "sizes do not fit the VAE:\n" + "\n".join(f"  - {line}" for line in problems),
@@ -226,12 +230,18 @@ def _same_plan(output: Path, config: PrepareConfig, plan: Plan, description: Set
             )
         return
     if output.is_dir() and any(output.iterdir()):
-        raise DataError("the output folder is not empty and holds no prepared set", where=output.resolve(), remedy="choose another output")
+        raise DataError(
+            "the output folder is not empty and holds no prepared set",
+            where=output.resolve(),
+            remedy="choose another output",
+        )
     output.mkdir(parents=True, exist_ok=True)
     files.write_json(note, about)
 
 
-def _in_own_process(config: PrepareConfig, plan: Plan, parts: Sequence[Part], description: SetDescription, device: str) -> int:
+def _in_own_process(
+    config: PrepareConfig, plan: Plan, parts: Sequence[Part], description: SetDescription, device: str
+) -> int:
     import torch
 
     torch.set_num_threads(1)
@@ -240,14 +250,21 @@ def _in_own_process(config: PrepareConfig, plan: Plan, parts: Sequence[Part], de
 
 
 def _write_parts(
-    config: PrepareConfig, plan: Plan, parts: Sequence[Part], description: SetDescription, vae: KLEncoder, text: T5Encoder
+    config: PrepareConfig,
+    plan: Plan,
+    parts: Sequence[Part],
+    description: SetDescription,
+    vae: KLEncoder,
+    text: T5Encoder,
 ) -> int:
     """Encodes and writes parts; returns how many captions were cut."""
     writer = SetWriter(Path(config.output), description)
     pictures = {picture.name: picture for picture in plan.source.pictures}
     truncated = 0
     for part in parts:
-        rows, broken, cut_captions = _encode(config, part, [pictures[name] for name in part.names], description, vae, text)
+        rows, broken, cut_captions = _encode(
+            config, part, [pictures[name] for name in part.names], description, vae, text
+        )
         truncated += cut_captions
         if broken:
             files.write_json(Path(config.output) / "parts" / f"skipped-{part.number:05d}.json", broken)
@@ -256,7 +273,12 @@ def _write_parts(
 
 
 def _encode(
-    config: PrepareConfig, part: Part, pictures: Sequence[Picture], description: SetDescription, vae: KLEncoder, text: T5Encoder
+    config: PrepareConfig,
+    part: Part,
+    pictures: Sequence[Picture],
+    description: SetDescription,
+    vae: KLEncoder,
+    text: T5Encoder,
 ) -> tuple[list[Row], list[tuple[str, str]], int]:
     """Rows of one part, its broken pictures with the reason, and how many captions were cut."""
     factor = description.downsampling_factor

@@ -63,10 +63,14 @@ def scan(root: Path, caption_suffix: str) -> Source:
         DataError: No such folder, no picture in it, or pictures without a caption (all are counted, the first are named).
     """
     if not root.is_dir():
-        raise DataError("there is no folder of pictures", where=root.resolve(), remedy="correct `source` in the prepare recipe")
+        raise DataError(
+            "there is no folder of pictures", where=root.resolve(), remedy="correct `source` in the prepare recipe"
+        )
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
-        raise DataError("the folder holds no picture", where=root.resolve(), remedy=f"put pictures there ({', '.join(SUFFIXES)})")
+        raise DataError(
+            "the folder holds no picture", where=root.resolve(), remedy=f"put pictures there ({', '.join(SUFFIXES)})"
+        )
     missing = [path for path in paths if not _caption_path(path, caption_suffix).exists()]
     if missing:
         names = ", ".join(str(path.relative_to(root)) for path in missing[:3]) + (", …" if len(missing) > 3 else "")
@@ -79,12 +83,15 @@ def scan(root: Path, caption_suffix: str) -> Source:
     doubles = [str(stem.relative_to(root)) for stem, count in stems.items() if count > 1]
     if doubles:
         raise DataError(
-            f"two pictures share one caption: {doubles[0]}.*", where=root.resolve(), remedy="rename one of them, with a caption of its own"
+            f"two pictures share one caption: {doubles[0]}.*",
+            where=root.resolve(),
+            remedy="rename one of them, with a caption of its own",
         )
     classes = tuple(sorted({path.parent.name for path in paths}))
     numbers = {name: number for number, name in enumerate(classes)}
     pictures = tuple(
-        Picture(str(path.relative_to(root)), path, _caption_path(path, caption_suffix), numbers[path.parent.name]) for path in paths
+        Picture(str(path.relative_to(root)), path, _caption_path(path, caption_suffix), numbers[path.parent.name])
+        for path in paths
     )
     return Source(root, pictures, classes)
 

@@ -23,7 +23,9 @@ def make_scheduler(name: str) -> Any:
     known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        raise ConfigError(f"diffusers has no scheduler {name!r}", remedy=f"did you mean {' or '.join(near)}?" if near else None)
+        raise ConfigError(
+            f"diffusers has no scheduler {name!r}", remedy=f"did you mean {' or '.join(near)}?" if near else None
+        )
     kind = getattr(diffusers, name)
     accepted = inspect.signature(kind.__init__).parameters
     wanted = {
@@ -34,7 +36,10 @@ def make_scheduler(name: str) -> Any:
         "prediction_type": "epsilon",
     }
     if missing := [key for key in ("beta_start", "prediction_type") if key not in accepted]:
-        raise ConfigError(f"{name} does not take {' or '.join(missing)}: it is made for other nets", remedy="use DPMSolverMultistepScheduler")
+        raise ConfigError(
+            f"{name} does not take {' or '.join(missing)}: it is made for other nets",
+            remedy="use DPMSolverMultistepScheduler",
+        )
     more = {"algorithm_type": "dpmsolver++", "solver_order": 2} if name == "DPMSolverMultistepScheduler" else {}
     if "clip_sample" in accepted:  # latents are not confined to -1 … 1
         more["clip_sample"] = False

@@ -20,7 +20,7 @@ from pixart_ds.engine.checkpoint import Shelf
 from pixart_ds.engine.deepspeed import Engine
 from pixart_ds.engine.handover import write_handover
 from pixart_ds.engine.world import World
-from pixart_ds.errors import CheckpointError
+from pixart_ds.errors import CheckpointError, PixArtError
 from pixart_ds.layout import AttemptLayout, RunLayout
 from pixart_ds.log import Log, si
 from pixart_ds.train.meter import Meter
@@ -28,6 +28,9 @@ from pixart_ds.train.sets import open_sets, order_of
 from pixart_ds.train.start import initial_weights, net_of
 from pixart_ds.train.state import TrainState, passed
 from pixart_ds.train.stop import StopFlag
+
+_MOST_SKIPS = 100
+"""fp16's loss scale falls from 2¹⁶ to 1 in 16 skips; nothing healthy takes more than a few dozen in a row."""
 
 
 class Ending(Enum):
@@ -57,13 +60,18 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> Ending:
     sets = open_sets(stage)
     order = order_of(stage, sets)
     net = net_of(stage)
-    start = None if (found := Shelf.newest_of(layout, job.attempt.number, job.launch, world)) else initial_weights(job.run, stage, net, sets)
+    start = (
+        None
+        if (found := Shelf.newest_of(layout, job.attempt.number, job.launch, world))
+        else initial_weights(job.run, stage, net, sets)
+    )
     config = deepspeed_config.merge(stage, files.read_json(layout.deepspeed))
     engine = Engine.build(net, stage, world, config)
     shelf = Shelf(layout, job.attempt.number, job.launch, engine, world, keep=stage.checkpoint.keep)
     origin = {"order": order.fingerprint, "stage": fingerprint(identity(stage))}
     if start is None:
-        saved = shelf.resume()
+        saved = shelf.resume(found)
+        assert saved is not None
         _same_order(saved, origin, shelf)
         state, lineage = TrainState.from_json(saved["state"]), saved["lineage"]
         log.event(f"resumed at {si(state.images_seen)} images from {found}")
@@ -92,6 +100,7 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> Ending:
         ) as loader,
         Meter(job.attempt, stage, log, active=world.rank == 0, world_size=world.size) as meter,
     ):
+
         def save(*, kept: bool = False) -> None:
             meter.sync_audit()
             began = time.monotonic()
@@ -104,6 +113,7 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> Ending:
             for micro_batch in run.waiting(loader.micro_batches(images_seen)):
                 engine.backward(run.loss(engine, micro_batch) / batch)
             result = engine.step()
+            _refuse_endless_skipping(result.consecutive_skips, images_seen)
             state.advance(batch, result.applied)
             votes = Votes(stop=stop.requested, digest=run.digest, samples=run.samples, sums=run.sums())
             agreed = agree(world, votes)
@@ -120,7 +130,9 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> Ending:
                     files.write_json(job.attempt.stopped, {"images_seen": state.images_seen, "reason": stop.reason})
                 log.event(f"stopped on request ({stop.reason or 'another rank was asked'})")
                 return Ending.STOPPED
-    write_handover(engine, layout.handover, {"stage": stage.name, "images_seen": state.images_seen, **origin, "lineage": lineage})
+    write_handover(
+        engine, layout.handover, {"stage": stage.name, "images_seen": state.images_seen, **origin, "lineage": lineage}
+    )
     if world.rank == 0:
         files.write_json(layout.done, {**state.to_json(), "attempt": job.attempt.number, "loss": meter.smooth_loss})
     log.event("done; weights and EMA are handed over")
@@ -171,6 +183,15 @@ def _same_order(saved: dict[str, Any], origin: dict[str, str], shelf: Shelf) -> 
             "a set, a filter or a key of `order` has changed",
             where=shelf.layout.checkpoints,
             remedy="put the prepared sets back as they were, or start a new run",
+        )
+
+
+def _refuse_endless_skipping(consecutive_skips: int, images_seen: int) -> None:
+    """Ends a training that no longer trains; all ranks count alike. The newest checkpoint is from before."""
+    if consecutive_skips >= _MOST_SKIPS:
+        raise PixArtError(
+            f"{consecutive_skips} steps in a row had a loss or gradient that is not finite, up to {images_seen} images",
+            remedy="look at loss_scale and grad_norm in metrics.jsonl; resume from an earlier checkpoint, or in bf16",
         )
 
 

@@ -44,7 +44,9 @@ class Meter:
     def __enter__(self) -> Meter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.active:
             self._metrics.close()
             self._audit.close()
@@ -63,10 +65,22 @@ class Meter:
             return
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        row = {"images_seen": state.images_seen, "step": state.images_seen // self.stage.global_batch_size, "seconds": round(seconds, 5), **row}
-        finite = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()}
+        row = {
+            "images_seen": state.images_seen,
+            "step": state.images_seen // self.stage.global_batch_size,
+            "seconds": round(seconds, 5),
+            **row,
+        }
+        finite = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()
+        }
         self._metrics.write(json.dumps(finite) + "\n")
-        audited = {"images_seen": state.images_seen, "samples": samples, "applied": row["applied"], "digest": f"{digest:016x}"}
+        audited = {
+            "images_seen": state.images_seen,
+            "samples": samples,
+            "applied": row["applied"],
+            "digest": f"{digest:016x}",
+        }
         self._audit.write(json.dumps(audited) + "\n")
         for name, value in finite.items():
             if isinstance(value, float):

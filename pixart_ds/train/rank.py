@@ -31,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         world = join_world(options.device)
         from pixart_ds.train.loop import Job, fit
 
-        log = Log(stage.name, sys.stdout if world.rank == 0 else None, layout.attempt(options.attempt).log if world.rank == 0 else None)
+        log = Log(
+            stage.name,
+            sys.stdout if world.rank == 0 else None,
+            layout.attempt(options.attempt).log if world.rank == 0 else None,
+        )
         fit(Job(run, stage, layout.attempt(options.attempt), options.launch), world, stop, log)
         leave_world()
     except PixArtError as error:
@@ -57,8 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--launch", type=int, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--execution", help="JSON of the attempt's `execution` section, where it differs from the recipe")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it; the environment says the same
+    parser.add_argument(
+        "--execution", help="JSON of the attempt's `execution` section, where it differs from the recipe"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher appends it; the environment says the same
     return parser
 
 

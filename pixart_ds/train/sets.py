@@ -18,7 +18,11 @@ def open_sets(stage: StageConfig) -> list[PreparedSet]:
         ConfigError: The sets do not fit the recipe or each other; all reasons at once.
     """
     sets = [PreparedSet.open(Path(config.path)) for config in stage.data.sets]
-    problems = [line for prepared, config in zip(sets, stage.data.sets, strict=True) for line in _problems(stage, prepared, config.path)]
+    problems = [
+        line
+        for prepared, config in zip(sets, stage.data.sets, strict=True)
+        for line in _problems(stage, prepared, config.path)
+    ]
     for prepared, config in zip(sets[1:], stage.data.sets[1:], strict=True):
         for key in ("scaling_factor", "shift_factor", "vae_fingerprint", "text_fingerprint", "ratios"):
             first, other = getattr(sets[0].description, key), getattr(prepared.description, key)
@@ -36,7 +40,9 @@ def _problems(stage: StageConfig, prepared: PreparedSet, path: str) -> list[str]
     net, about = stage.model, prepared.description
     problems = []
     if about.latent_channels != net.in_channels:
-        problems.append(f"{path}: latents have {about.latent_channels} channels, model.in_channels is {net.in_channels}")
+        problems.append(
+            f"{path}: latents have {about.latent_channels} channels, model.in_channels is {net.in_channels}"
+        )
     if net.kind == "pixart":
         assert net.caption_channels is not None
         assert net.max_tokens is not None
@@ -45,7 +51,9 @@ def _problems(stage: StageConfig, prepared: PreparedSet, path: str) -> list[str]
                 f"{path}: caption features have {about.caption_channels} channels, model.caption_channels is {net.caption_channels}"
             )
         if about.max_tokens > net.max_tokens:
-            problems.append(f"{path}: captions have up to {about.max_tokens} tokens, model.max_tokens is {net.max_tokens}")
+            problems.append(
+                f"{path}: captions have up to {about.max_tokens} tokens, model.max_tokens is {net.max_tokens}"
+            )
     elif len(about.classes) > (net.num_classes or 0):
         problems.append(f"{path}: there are {len(about.classes)} classes, model.num_classes is {net.num_classes}")
     info = about.latents.get(stage.data.latents)
@@ -58,6 +66,8 @@ def _problems(stage: StageConfig, prepared: PreparedSet, path: str) -> list[str]
 
 def order_of(stage: StageConfig, sets: list[PreparedSet]) -> Order:
     """The order in which the stage reads its sets."""
-    rows = [prepared.rows_for(stage.data.latents, config) for prepared, config in zip(sets, stage.data.sets, strict=True)]
+    rows = [
+        prepared.rows_for(stage.data.latents, config) for prepared, config in zip(sets, stage.data.sets, strict=True)
+    ]
     shape = stage.order
     return Order(rows, seed=stage.seed, lanes=shape.lanes, strip_length=shape.strip_length, window=shape.window)

@@ -44,7 +44,10 @@ def initial_weights(run: RunLayout, stage: StageConfig, net: PixArt | DiT, sets:
         return Start(fresh, {"source": "scratch", "seed": stage.seed})
     given, lineage = _handed_over(run, stage)
     if stage.init.source == "reparameterise":
-        return Start(reparameterise(given, fresh, at=stage.init.reparameterise_at), {**lineage, "reparameterised_at": stage.init.reparameterise_at})
+        return Start(
+            reparameterise(given, fresh, at=stage.init.reparameterise_at),
+            {**lineage, "reparameterised_at": stage.init.reparameterise_at},
+        )
     return Start(_overlay(fresh, given, stage), lineage)
 
 
@@ -53,7 +56,12 @@ def _handed_over(run: RunLayout, stage: StageConfig) -> tuple[State, dict[str, A
     assert stage.init.weights is not None
     check_origin(run, stage)
     state, lineage = read_handover(run.stage(stage.init.stage).handover, stage.init.weights)
-    return state, {"source": stage.init.source, "stage": stage.init.stage, "weights": stage.init.weights, "from": lineage}
+    return state, {
+        "source": stage.init.source,
+        "stage": stage.init.stage,
+        "weights": stage.init.weights,
+        "from": lineage,
+    }
 
 
 def _overlay(fresh: State, given: State, stage: StageConfig) -> State:
@@ -71,11 +79,14 @@ def _overlay(fresh: State, given: State, stage: StageConfig) -> State:
     ]
     if problems:
         raise CheckpointError(
-            f"the handover of {stage.init.stage} does not fit the net of {stage.name}:\n" + "\n".join(f"  - {line}" for line in problems)
+            f"the handover of {stage.init.stage} does not fit the net of {stage.name}:\n"
+            + "\n".join(f"  - {line}" for line in problems)
         )
     return {**fresh, **given}
 
 
 def net_of(stage: StageConfig) -> PixArt | DiT:
     """The stage's net, uninitialised, on the CPU in fp32."""
-    return build(stage.model, fp32_attention=stage.fp32_attention, checkpointed_blocks=stage.execution.checkpointed_blocks)
+    return build(
+        stage.model, fp32_attention=stage.fp32_attention, checkpointed_blocks=stage.execution.checkpointed_blocks
+    )

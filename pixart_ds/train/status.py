@@ -59,5 +59,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         images = f"{si(row['images_seen'])} of {si(row['total_images'])}"
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-        lines.append(f"{row['stage']:<14}{row['state']:<18}{images:>20}{row['attempts']:>10}{loss:>9}  {row['checkpoint'] or '-'}")
+        lines.append(
+            f"{row['stage']:<14}{row['state']:<18}{images:>20}{row['attempts']:>10}{loss:>9}  {row['checkpoint'] or '-'}"
+        )
     return "\n".join(lines)

@@ -15,7 +15,12 @@ from pixart_ds.cluster.task import rank_environment
 from pixart_ds.errors import MachineError
 from pixart_ds.layout import RunLayout
 
-SLURM = {"SLURM_JOB_NUM_NODES": "8", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "n[1-8]"}
+SLURM = {
+    "SLURM_JOB_NUM_NODES": "8",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_JOB_NODELIST": "n[1-8]",
+}
 
 
 def request_of(folder: Path) -> LaunchRequest:
@@ -27,7 +32,18 @@ def test_srun_gives_one_task_for_each_gpu(tmp_path: Path) -> None:
     assert argv[:6] == ["srun", "--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--kill-on-bad-exit=1", "--wait=60"]
     assert argv[8:11] == [sys.executable, "-m", "pixart_ds.cluster.task"]
     assert argv[-2:] == ["--execution", "{}"]
-    assert argv[11:-2] == ["--run", str(tmp_path), "--stage", "stage2", "--attempt", "3", "--launch", "1", "--device", "cuda"]
+    assert argv[11:-2] == [
+        "--run",
+        str(tmp_path),
+        "--stage",
+        "stage2",
+        "--attempt",
+        "3",
+        "--launch",
+        "1",
+        "--device",
+        "cuda",
+    ]
     assert argv[6].endswith("/stage2/attempts/0003/rank-%5t-l01.txt")  # what AttemptLayout.rank_log names
 
 
@@ -60,11 +76,13 @@ def test_master_is_the_first_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_task_survives_a_stop_signal_before_its_handlers_are_there(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom pixart_ds.cluster import task\n"
-        f"task.RANK_MODULE = (sys.executable, '-c', 'import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print(os.environ[\"RANK\"])')\n"
+        "task.RANK_MODULE = (sys.executable, '-c', 'import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print(os.environ[\"RANK\"])')\n"
         "task.main()\n"
     )
     slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-    answer = subprocess.run([sys.executable, "-c", code], env={**os.environ, **slurm}, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **slurm}, capture_output=True, text=True, check=False
+    )
     assert (answer.returncode, answer.stdout) == (0, "1\n"), answer.stderr
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 

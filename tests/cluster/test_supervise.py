@@ -40,7 +40,14 @@ def a_run(folder: Path) -> StageLayout:
     return run.stage("stage1")
 
 
-def go(stage: StageLayout, script: str, *, after: float | None = None, signals: tuple[int, ...] = (signal.SIGTERM,), **more: Any) -> tuple[int, str]:
+def go(
+    stage: StageLayout,
+    script: str,
+    *,
+    after: float | None = None,
+    signals: tuple[int, ...] = (signal.SIGTERM,),
+    **more: Any,
+) -> tuple[int, str]:
     """Exit code and output of an attempt; `signals` reach the supervisor one by one, `after` seconds apart."""
     output = io.StringIO()
     processes = len(script.split(","))
@@ -70,7 +77,10 @@ def test_done(tmp_path: Path) -> None:
     assert "rank 1" not in text  # only rank 0's lines are shown
     assert stage.attempt(1).rank_log(1, 1).read_text() == "rank 1 of 2: done\n"
     said = [json.loads((stage.attempt(1).root / f"env-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"]) for e in said] == [("0", "0", "2", "2"), ("1", "1", "2", "2")]
+    assert [(e["RANK"], e["LOCAL_RANK"], e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"]) for e in said] == [
+        ("0", "0", "2", "2"),
+        ("1", "1", "2", "2"),
+    ]
     assert said[0]["MASTER_PORT"] == said[1]["MASTER_PORT"]
     environment = json.loads(stage.attempt(1).env.read_text())
     assert environment["host"] == socket.gethostname()
@@ -117,13 +127,17 @@ def test_a_second_signal_hurries_and_then_kills(tmp_path: Path) -> None:
     assert "SIGKILL" in outcome(stage)["cause"]
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit-2", 2), ("exit-4", 4), ("exit-5", 5), ("exit-70", 70), ("exit-1", 70), ("killed", 70)])
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit-2", 2), ("exit-4", 4), ("exit-5", 5), ("exit-70", 70), ("exit-1", 70), ("killed", 70)]
+)
 def test_a_failing_rank_ends_the_attempt_with_its_last_words(tmp_path: Path, script: str, code: int) -> None:
     stage = a_run(tmp_path)
     assert go(stage, f"leave-when-asked,{script}")[0] == code
     said = outcome(stage)
     assert said["outcome"] == "failed"
-    assert ("rank 1 was killed by SIGKILL" if script == "killed" else f"rank 1 ended with exit code {script[5:]}") in said["cause"]
+    assert (
+        "rank 1 was killed by SIGKILL" if script == "killed" else f"rank 1 ended with exit code {script[5:]}"
+    ) in said["cause"]
     assert script == "killed" or "the set is damaged" in said["cause"]
 
 
@@ -155,7 +169,9 @@ def test_a_living_supervisor_is_respected_and_a_dead_one_is_not(tmp_path: Path) 
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert "rank 0 of 1" in other.stdout.readline()
-    with pytest.raises(MachineError, match=f"another supervisor runs this stage: pid {other.pid} on {socket.gethostname()}"):
+    with pytest.raises(
+        MachineError, match=f"another supervisor runs this stage: pid {other.pid} on {socket.gethostname()}"
+    ):
         go(stage, "done")
     rank = int(json.loads((stage.attempt(1).root / "env-0.json").read_text()).get("PID", 0))
     other.kill()

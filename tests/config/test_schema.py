@@ -72,7 +72,9 @@ def test_impossible_values_are_refused(override: str, words: str) -> None:
 
 
 def test_micro_conditions_need_a_width_that_divides_by_three() -> None:
-    assert "divides by 3, not 128" in complaint("model.hidden_size=128", "model.num_heads=4", "model.micro_conditions=true")
+    assert "divides by 3, not 128" in complaint(
+        "model.hidden_size=128", "model.num_heads=4", "model.micro_conditions=true"
+    )
 
 
 def test_config_is_frozen() -> None:
@@ -82,7 +84,12 @@ def test_config_is_frozen() -> None:
 
 
 def test_yaml_numbers_duplicates_and_errors_have_places() -> None:
-    assert load.parse_yaml("a: 1e-4\nb: 2E5\nc: 1e-4x\nd: -1.5e+3", "x") == {"a": 1e-4, "b": 2e5, "c": "1e-4x", "d": -1500.0}
+    assert load.parse_yaml("a: 1e-4\nb: 2E5\nc: 1e-4x\nd: -1.5e+3", "x") == {
+        "a": 1e-4,
+        "b": 2e5,
+        "c": "1e-4x",
+        "d": -1500.0,
+    }
     with pytest.raises(ConfigError, match="the key 'a' stands twice") as caught:
         load.parse_yaml("a: 1\nb: 2\na: 3\n", "r.yaml")
     assert "r.yaml, line 3, column 1" in str(caught.value)
@@ -148,7 +155,10 @@ def test_chain_overrides_and_their_mistakes_name_the_stage() -> None:
 
 def test_chain_refuses_handovers_that_cannot_be() -> None:
     with pytest.raises(ConfigError) as caught:
-        load.load_chain("chain", ["stage2.model.depth=12", "stage3_256.init.stage=stage3_512", "stage3_512.init.source=reparameterise"])
+        load.load_chain(
+            "chain",
+            ["stage2.model.depth=12", "stage3_256.init.stage=stage3_512", "stage3_512.init.source=reparameterise"],
+        )
     text = str(caught.value)
     assert "stage2.model.depth 12 differs from stage1.model.depth 28" in text
     assert "stage3_256.init.stage 'stage3_512' is not an earlier stage (stage1, stage2)" in text
@@ -156,7 +166,11 @@ def test_chain_refuses_handovers_that_cannot_be() -> None:
 
 
 def test_differences_list_every_leaf() -> None:
-    assert load.differences({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"x": 1, "y": 5}, "c": 4}) == ["a.y: 2 → 5", "b: 3 → None", "c: None → 4"]
+    assert load.differences({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"x": 1, "y": 5}, "c": 4}) == [
+        "a.y: 2 → 5",
+        "b: 3 → None",
+        "c: None → 4",
+    ]
 
 
 PAPER = {  # Table 4: steps, batch, V100s, V100-days
@@ -175,7 +189,12 @@ def test_full_size_recipes_are_the_papers() -> None:
         net, adam = stage.model, stage.optimizer
         assert (net.depth, net.hidden_size, net.num_heads, net.patch_size, net.mlp_ratio) == (28, 1152, 16, 2, 4.0)
         assert (adam.learning_rate, adam.learning_rate_rule, adam.weight_decay, adam.eps) == (2e-5, "none", 0.03, 1e-10)
-        assert (adam.gradient_clipping, adam.ema_decay, adam.betas, adam.warmup_steps) == (0.01, 0.9999, (0.9, 0.999), 1000)
+        assert (adam.gradient_clipping, adam.ema_decay, adam.betas, adam.warmup_steps) == (
+            0.01,
+            0.9999,
+            (0.9, 0.999),
+            1000,
+        )
         assert (stage.precision, stage.fp32_attention, stage.execution.checkpointed_blocks) == ("fp16", False, "all")
         assert stage.global_batch_size == stage.execution.micro_batch_size * (stage.paper_gpus or 0)
         assert stage.model_copy(update={"paper": True}).fp32_attention
@@ -189,8 +208,16 @@ def test_full_size_recipes_are_the_papers() -> None:
         ("handover", "stage3_256"),
         ("handover", "stage3_512"),
     ]
-    shapes = [(s.model.kind, s.model.base_size, s.model.interpolation_scale, s.model.micro_conditions) for s in chain.stages]
-    assert shapes == [("dit", 16, 1, False), ("pixart", 16, 1, False), ("pixart", 16, 1, False), ("pixart", 32, 1, False), ("pixart", 64, 2, True)]
+    shapes = [
+        (s.model.kind, s.model.base_size, s.model.interpolation_scale, s.model.micro_conditions) for s in chain.stages
+    ]
+    assert shapes == [
+        ("dit", 16, 1, False),
+        ("pixart", 16, 1, False),
+        ("pixart", 16, 1, False),
+        ("pixart", 32, 1, False),
+        ("pixart", 64, 2, True),
+    ]
     assert sum(stage.paper_gpu_days or 0 for stage in chain.stages) == 1656
     assert math.isclose(sum(s.total_images for s in chain.stages), 3.303e9, rel_tol=1e-3)
 

@@ -61,7 +61,9 @@ def test_at_zero_the_bound_is_a_discretised_likelihood_with_open_ends() -> None:
     assert (x0.abs() > 0.999).any()
     made = diffusion_loss(output, x0, noise, timesteps)
     _, bound = reference(output[0], x0[0], noise[0], 0)
-    assert made.vlb.item() == pytest.approx(bound, rel=2e-2)  # the normal's distribution function is approximated by a tanh
+    assert made.vlb.item() == pytest.approx(
+        bound, rel=2e-2
+    )  # the normal's distribution function is approximated by a tanh
 
 
 def test_each_sample_has_its_own_loss() -> None:
@@ -99,4 +101,6 @@ def test_schedule_is_diffusers_linear_one() -> None:
     assert torch.allclose(noisy(x0, noise, timesteps), theirs.add_noise(x0, noise, timesteps), atol=1e-5)
     for t in (1, 10, 999):  # log of the learned variance at both ends of its range
         for position, table in ((-1.0, ours.log_posterior), (1.0, ours.log_beta)):
-            assert float(theirs._get_variance(t, predicted_variance=torch.tensor(position))) == pytest.approx(table[t].item(), rel=1e-3)
+            assert float(theirs._get_variance(t, predicted_variance=torch.tensor(position))) == pytest.approx(
+                table[t].item(), rel=1e-3
+            )

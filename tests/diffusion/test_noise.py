@@ -27,7 +27,12 @@ GOLDEN_LATENT_NOISE = [0.9061713218688965, 0.9955131411552429, 0.599663794040679
 
 
 def same(one: Draws, two: Draws) -> bool:
-    return one.timestep == two.timestep and one.dropped == two.dropped and bool((one.noise == two.noise).all()) and bool((one.latent_noise == two.latent_noise).all())
+    return (
+        one.timestep == two.timestep
+        and one.dropped == two.dropped
+        and bool((one.noise == two.noise).all())
+        and bool((one.latent_noise == two.latent_noise).all())
+    )
 
 
 def test_every_part_of_the_key_matters() -> None:

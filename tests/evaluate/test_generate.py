@@ -59,7 +59,15 @@ def test_impossible_sizes_are_refused() -> None:
 def test_grid_shows_every_picture_and_colours_the_verdicts(tmp_path: Path) -> None:
     red, blue = np.zeros((32, 32, 3), np.uint8), np.zeros((24, 48, 3), np.uint8)
     red[..., 0], blue[..., 2] = 200, 200
-    save_grid([red, blue, red], ["one", "two", "three"], tmp_path / "a" / "grid.png", columns=2, cell=64, right=[True, False, None], title="t")
+    save_grid(
+        [red, blue, red],
+        ["one", "two", "three"],
+        tmp_path / "a" / "grid.png",
+        columns=2,
+        cell=64,
+        right=[True, False, None],
+        title="t",
+    )
     sheet = np.asarray(Image.open(tmp_path / "a" / "grid.png").convert("RGB")).astype(int)
     assert (np.abs(sheet - (200, 0, 0)).sum(-1) == 0).sum() == 2 * 64 * 64
     assert (np.abs(sheet - (0, 0, 200)).sum(-1) == 0).sum() == 64 * 32

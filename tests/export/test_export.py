@@ -53,7 +53,10 @@ def test_the_exported_transformer_is_our_net_at_any_size(micro: bool, scale: flo
     for height, width in ((12, 12), (8, 14), (10, 4)):
         batch = inputs(height, width)
         sizes = SIZES if micro else {}
-        added = {"resolution": sizes.get("original_sizes"), "aspect_ratio": SIZES["aspect_ratios"][:, None] if micro else None}
+        added = {
+            "resolution": sizes.get("original_sizes"),
+            "aspect_ratio": SIZES["aspect_ratios"][:, None] if micro else None,
+        }
         with torch.no_grad():
             ours = net(**batch, **sizes)
             theirs = twin(
@@ -67,7 +70,12 @@ def exported(folder: Path, micro: bool) -> tuple[Any, Any]:
     config = small(caption_channels=64, max_tokens=40, micro_conditions=micro, base_size=6, interpolation_scale=1.5)
     net = randomised(build(config))
     export_pipeline(
-        folder, config, dict(net.state_dict()), vae=str(ENCODERS / "vae"), text_encoder=str(ENCODERS / "text"), lineage={"stage": "x"}
+        folder,
+        config,
+        dict(net.state_dict()),
+        vae=str(ENCODERS / "vae"),
+        text_encoder=str(ENCODERS / "text"),
+        lineage={"stage": "x"},
     )
     return config, net
 

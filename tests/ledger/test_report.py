@@ -26,12 +26,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def entry(hours: float = 1.0, devices: int = 8, **changes: Any) -> Entry:
     made = Entry.start("stage1", 1, 1, "cuda", devices, 1000.0, 0)
-    return Entry(**{**made.to_json(), "until": 1000.0 + 3600 * hours, "outcome": "done", "images_to": 36_000, **changes})
+    return Entry(
+        **{**made.to_json(), "until": 1000.0 + 3600 * hours, "outcome": "done", "images_to": 36_000, **changes}
+    )
 
 
 def published(watts: float, pue: float, grams: float) -> Assumptions:
     return Assumptions(
-        device="x", watts=watts, boundary="", price_per_hour=0, priced="", pue=pue, country="x", grams_per_kwh=grams, year=2020
+        device="x",
+        watts=watts,
+        boundary="",
+        price_per_hour=0,
+        priced="",
+        pue=pue,
+        country="x",
+        grams_per_kwh=grams,
+        year=2020,
     )
 
 
@@ -109,7 +119,13 @@ def test_stages_and_attempts_add_up_to_the_total(tmp_path: Path) -> None:
     assert max(len(line) for line in text.splitlines()) <= 130
     assert re.search(r"stage1 +1 done +8 +8\.00 ", text)
     assert re.search(r"stage3_256 +not started +416", text)
-    for words in ("cpu-core: 10 W", "PUE 1.3; grid DEU, 381 g CO2e/kWh (2023)", "1656 V100-days, 753 A100-days", "$28,400", "French grid"):
+    for words in (
+        "cpu-core: 10 W",
+        "PUE 1.3; grid DEU, 381 g CO2e/kWh (2023)",
+        "1656 V100-days, 753 A100-days",
+        "$28,400",
+        "French grid",
+    ):
         assert words in text
 
 
@@ -132,7 +148,13 @@ def test_the_command_needs_no_torch_and_no_installation(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     open_entry(run.stage("stage1").attempt(1), entry())
     script = [sys.executable, str(ROOT / "tools/cost_report.py")]
-    answer = subprocess.run([*script, str(run.root), "--json", "--country", "FRA"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    answer = subprocess.run(
+        [*script, str(run.root), "--json", "--country", "FRA"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["assumptions"]["cuda"]["grams_per_kwh"] == 56
     page_of = subprocess.run([*script, str(run.root)], capture_output=True, text=True, check=False, cwd=tmp_path)

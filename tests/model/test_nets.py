@@ -14,12 +14,22 @@ from pixart_ds.model.positions import position_embedding, sinusoid
 
 
 def small(**changes: Any) -> ModelConfig:
-    values = {"kind": "pixart", "depth": 2, "hidden_size": 48, "num_heads": 4, "caption_channels": 20, "max_tokens": 9, "base_size": 4}
+    values = {
+        "kind": "pixart",
+        "depth": 2,
+        "hidden_size": 48,
+        "num_heads": 4,
+        "caption_channels": 20,
+        "max_tokens": 9,
+        "base_size": 4,
+    }
     return ModelConfig(**{**values, **changes})
 
 
 def small_dit(**changes: Any) -> ModelConfig:
-    return ModelConfig(**{"kind": "dit", "depth": 2, "hidden_size": 48, "num_heads": 4, "num_classes": 5, "base_size": 4, **changes})
+    return ModelConfig(
+        **{"kind": "dit", "depth": 2, "hidden_size": 48, "num_heads": 4, "num_classes": 5, "base_size": 4, **changes}
+    )
 
 
 def randomised(net: PixArt | DiT, seed: int = 0) -> PixArt | DiT:
@@ -66,7 +76,9 @@ def test_parameters_at_full_size(config: ModelConfig, count: int) -> None:
 
 
 def test_state_has_the_official_names_and_shapes() -> None:
-    state = {name: tuple(value.shape) for name, value in build(small(depth=1, micro_conditions=True)).state_dict().items()}
+    state = {
+        name: tuple(value.shape) for name, value in build(small(depth=1, micro_conditions=True)).state_dict().items()
+    }
     assert state == {
         "x_embedder.proj.weight": (48, 4, 2, 2), "x_embedder.proj.bias": (48,),
         "t_embedder.mlp.0.weight": (48, 256), "t_embedder.mlp.0.bias": (48,),
@@ -91,7 +103,11 @@ def test_state_has_the_official_names_and_shapes() -> None:
         "final_layer.scale_shift_table": (2, 48),
     }  # fmt: skip
     dit = set(build(small_dit(depth=1)).state_dict())
-    assert {"y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"} <= dit
+    assert {
+        "y_embedder.embedding_table.weight",
+        "blocks.0.adaLN_modulation.1.weight",
+        "final_layer.adaLN_modulation.1.bias",
+    } <= dit
 
 
 def test_position_embedding_by_hand() -> None:
@@ -99,14 +115,21 @@ def test_position_embedding_by_hand() -> None:
     assert table.shape == (6, 8)
     row, column = 1, 2  # coordinates 1 / (2/4) / 2 = 1 and 2 / (3/4) / 2 = 4/3
     y, x = torch.tensor(1.0), torch.tensor(4 / 3)
-    wanted = torch.stack([x.sin(), (x / 100).sin(), x.cos(), (x / 100).cos(), y.sin(), (y / 100).sin(), y.cos(), (y / 100).cos()])
+    wanted = torch.stack(
+        [x.sin(), (x / 100).sin(), x.cos(), (x / 100).cos(), y.sin(), (y / 100).sin(), y.cos(), (y / 100).cos()]
+    )
     assert torch.allclose(table[row * 3 + column], wanted, atol=1e-6)
 
 
 def test_sinusoid_is_cosines_then_sines_and_stays_exact_for_large_numbers() -> None:
     made = sinusoid(torch.tensor([0.0, 4097.0]))
     assert made[0].tolist() == [1.0] * 128 + [0.0] * 128
-    assert torch.allclose(made[1, [0, 128]], torch.tensor([4097.0]).double().cos().float().repeat(2) * torch.tensor([1, 0]) + torch.tensor([0, 1]) * torch.tensor(4097.0).double().sin().float(), atol=1e-3)
+    assert torch.allclose(
+        made[1, [0, 128]],
+        torch.tensor([4097.0]).double().cos().float().repeat(2) * torch.tensor([1, 0])
+        + torch.tensor([0, 1]) * torch.tensor(4097.0).double().sin().float(),
+        atol=1e-3,
+    )
 
 
 def test_initial_weights_follow_the_table_and_the_seed() -> None:
@@ -117,10 +140,19 @@ def test_initial_weights_follow_the_table_and_the_seed() -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in state.items())
     assert not torch.equal(state["blocks.0.attn.qkv.weight"], other.state_dict()["blocks.0.attn.qkv.weight"])
     zero = [name for name, value in state.items() if not value.any()]
-    assert {"final_layer.linear.weight", "blocks.0.cross_attn.proj.weight", "blocks.1.cross_attn.proj.weight"} <= set(zero)
-    assert [name for name in zero if name.endswith("weight") and "cross_attn.proj" not in name] == ["final_layer.linear.weight"]
+    assert {"final_layer.linear.weight", "blocks.0.cross_attn.proj.weight", "blocks.1.cross_attn.proj.weight"} <= set(
+        zero
+    )
+    assert [name for name in zero if name.endswith("weight") and "cross_attn.proj" not in name] == [
+        "final_layer.linear.weight"
+    ]
     assert all(name in zero for name in state if name.endswith("bias"))
-    for name in ("t_block.1.weight", "t_embedder.mlp.0.weight", "y_embedder.y_proj.fc2.weight", "ar_embedder.mlp.0.weight"):
+    for name in (
+        "t_block.1.weight",
+        "t_embedder.mlp.0.weight",
+        "y_embedder.y_proj.fc2.weight",
+        "ar_embedder.mlp.0.weight",
+    ):
         assert state[name].std().item() == pytest.approx(0.02, rel=0.06), name
     assert state["blocks.1.scale_shift_table"].std().item() == pytest.approx(96**-0.5, rel=0.1)
     qkv = state["blocks.0.attn.qkv.weight"]
@@ -149,14 +181,20 @@ def test_checkpointed_blocks_change_nothing(kind: str) -> None:
     batch = inputs()
     conditions: dict[str, torch.Tensor] = {"class_labels": torch.tensor([0, 4, 2])}
     if kind != "dit":
-        conditions = {"caption_embeds": batch["caption_embeds"], "caption_mask": batch["caption_mask"], **(SIZES if kind == "micro" else {})}
+        conditions = {
+            "caption_embeds": batch["caption_embeds"],
+            "caption_mask": batch["caption_mask"],
+            **(SIZES if kind == "micro" else {}),
+        }
     results = []
     for blocks in ("none", 2, "all"):
         net = randomised(build(config, checkpointed_blocks=blocks))
         assert set(net.condition_names) == set(conditions)
         out = net(batch["latents"], batch["timesteps"], dropped=torch.tensor([True, False, False]), **conditions)
         out.square().sum().backward()
-        results.append([out.detach(), *(parameter.grad for parameter in net.parameters() if parameter.grad is not None)])
+        results.append(
+            [out.detach(), *(parameter.grad for parameter in net.parameters() if parameter.grad is not None)]
+        )
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
@@ -167,7 +205,11 @@ def test_padded_tokens_are_never_attended_and_a_caption_without_tokens_is_finite
         out = net(**batch)
         spoilt = torch.where(batch["caption_mask"][..., None], batch["caption_embeds"], torch.full((), 1e4))
         assert torch.allclose(net(**{**batch, "caption_embeds": spoilt}), out, atol=1e-5)
-        longer = {**batch, "caption_embeds": torch.nn.functional.pad(batch["caption_embeds"], (0, 0, 0, 2)), "caption_mask": torch.nn.functional.pad(batch["caption_mask"], (0, 2))}
+        longer = {
+            **batch,
+            "caption_embeds": torch.nn.functional.pad(batch["caption_embeds"], (0, 0, 0, 2)),
+            "caption_mask": torch.nn.functional.pad(batch["caption_mask"], (0, 2)),
+        }
         assert torch.allclose(net(**longer), out, atol=1e-5)
         empty = {**batch, "caption_mask": torch.zeros_like(batch["caption_mask"])}
         assert torch.isfinite(net(**empty)).all()
@@ -190,7 +232,9 @@ def test_a_dropped_caption_becomes_the_null_one_under_its_own_mask() -> None:
 def test_a_dropped_label_and_no_label_are_the_null_class() -> None:
     net, batch = randomised(build(small_dit())), inputs()
     with torch.no_grad():
-        dropped = net(batch["latents"], batch["timesteps"], torch.tensor([1, 2, 3]), dropped=torch.tensor([True, True, False]))
+        dropped = net(
+            batch["latents"], batch["timesteps"], torch.tensor([1, 2, 3]), dropped=torch.tensor([True, True, False])
+        )
         null = net(batch["latents"], batch["timesteps"], torch.tensor([5, -1, 3]))
     assert torch.equal(dropped, null)
 
@@ -250,15 +294,27 @@ def diffusers_twin(net: PixArt, height: int) -> Any:
             for number, layer in ((1, 0), (2, 2)):
                 simple[f"adaln_single.emb.{theirs}_embedder.linear_{number}"] = f"{mine}_embedder.mlp.{layer}"
     for index in range(config.depth):
-        for theirs, mine in (("attn1.to_out.0", "attn.proj"), ("attn2.to_q", "cross_attn.q_linear"), ("attn2.to_out.0", "cross_attn.proj"), ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2")):
+        for theirs, mine in (
+            ("attn1.to_out.0", "attn.proj"),
+            ("attn2.to_q", "cross_attn.q_linear"),
+            ("attn2.to_out.0", "cross_attn.proj"),
+            ("ff.net.0.proj", "mlp.fc1"),
+            ("ff.net.2", "mlp.fc2"),
+        ):
             simple[f"transformer_blocks.{index}.{theirs}"] = f"blocks.{index}.{mine}"
         for kind in ("weight", "bias"):
             parts = ours[f"blocks.{index}.attn.qkv.{kind}"].chunk(3)
-            state |= {f"transformer_blocks.{index}.attn1.to_{n}.{kind}": part for n, part in zip("qkv", parts, strict=True)}
+            state |= {
+                f"transformer_blocks.{index}.attn1.to_{n}.{kind}": part for n, part in zip("qkv", parts, strict=True)
+            }
             parts = ours[f"blocks.{index}.cross_attn.kv_linear.{kind}"].chunk(2)
-            state |= {f"transformer_blocks.{index}.attn2.to_{n}.{kind}": part for n, part in zip("kv", parts, strict=True)}
+            state |= {
+                f"transformer_blocks.{index}.attn2.to_{n}.{kind}": part for n, part in zip("kv", parts, strict=True)
+            }
         state[f"transformer_blocks.{index}.scale_shift_table"] = ours[f"blocks.{index}.scale_shift_table"]
-    state |= {f"{theirs}.{kind}": ours[f"{mine}.{kind}"] for theirs, mine in simple.items() for kind in ("weight", "bias")}
+    state |= {
+        f"{theirs}.{kind}": ours[f"{mine}.{kind}"] for theirs, mine in simple.items() for kind in ("weight", "bias")
+    }
     state["scale_shift_table"] = ours["final_layer.scale_shift_table"]
     twin.load_state_dict(state, strict=True)
     return twin
@@ -272,7 +328,10 @@ def test_parity_with_diffusers_in_output_and_gradients(height: int, width: int, 
     twin, batch = diffusers_twin(net, 8), inputs(height, width)
     sizes = SIZES if micro else {}
     ours = net(**batch, **sizes)
-    added = {"resolution": sizes.get("original_sizes"), "aspect_ratio": sizes["aspect_ratios"][:, None] if micro else None}
+    added = {
+        "resolution": sizes.get("original_sizes"),
+        "aspect_ratio": sizes["aspect_ratios"][:, None] if micro else None,
+    }
     theirs = twin(
         batch["latents"], encoder_hidden_states=batch["caption_embeds"], timestep=batch["timesteps"],
         encoder_attention_mask=batch["caption_mask"], added_cond_kwargs=added,
@@ -280,7 +339,12 @@ def test_parity_with_diffusers_in_output_and_gradients(height: int, width: int, 
     assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max()
     ours.square().mean().backward()
     theirs.square().mean().backward()
-    for mine, other in ((net.blocks[0].mlp.fc1, twin.transformer_blocks[0].ff.net[0].proj), (net.t_block[1], twin.adaln_single.linear), (net.x_embedder.proj, twin.pos_embed.proj), (net.y_embedder.y_proj.fc1, twin.caption_projection.linear_1)):
+    for mine, other in (
+        (net.blocks[0].mlp.fc1, twin.transformer_blocks[0].ff.net[0].proj),
+        (net.t_block[1], twin.adaln_single.linear),
+        (net.x_embedder.proj, twin.pos_embed.proj),
+        (net.y_embedder.y_proj.fc1, twin.caption_projection.linear_1),
+    ):
         one, two = mine.weight.grad, other.weight.grad
         assert one is not None
         assert (one - two).norm() < 1e-4 * two.norm()

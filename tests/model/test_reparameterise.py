@@ -11,7 +11,9 @@ from pixart_ds.model import build, initialise, reparameterise
 from tests.model.test_nets import randomised, small, small_dit
 
 
-def outputs(pair: tuple[ModelConfig, ModelConfig], at: int, asked: float, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(
+    pair: tuple[ModelConfig, ModelConfig], at: int, asked: float, side: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """DiT's output without its label, and the re-parameterised PixArt's."""
     dit, pixart = randomised(build(pair[0])), build(pair[1])
     initialise(pixart, 0)
@@ -23,7 +25,9 @@ def outputs(pair: tuple[ModelConfig, ModelConfig], at: int, asked: float, side: 
         pixart.load_state_dict(reparameterise(dit.state_dict(), pixart.state_dict(), at=at))
         x, t = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(5)), torch.full((2,), asked)
         captions = pair[1].caption_channels or 0
-        return dit(x, t, torch.tensor([0, 1])), pixart(x, t, torch.randn(2, 3, captions), torch.ones(2, 3, dtype=torch.bool))
+        return dit(x, t, torch.tensor([0, 1])), pixart(
+            x, t, torch.randn(2, 3, captions), torch.ones(2, 3, dtype=torch.bool)
+        )
 
 
 @pytest.mark.parametrize("at", [500, 100])
@@ -38,7 +42,10 @@ def test_they_differ_elsewhere() -> None:
 
 
 def test_both_nets_agree_at_the_papers_width() -> None:
-    pair = ModelConfig(kind="dit", depth=2, num_classes=10), ModelConfig(kind="pixart", depth=2, caption_channels=64, max_tokens=4)
+    pair = (
+        ModelConfig(kind="dit", depth=2, num_classes=10),
+        ModelConfig(kind="pixart", depth=2, caption_channels=64, max_tokens=4),
+    )
     one, two = outputs(pair, 500, 500.0)
     assert one.abs().max() > 1e-3
     assert (one - two).abs().max() < 1e-4 * one.abs().max()

@@ -25,7 +25,8 @@ def test_the_papers_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "ratio"), [(100, 100, 1.0), (10, 1000, 0.25), (1000, 10, 4.0), (1069, 1000, 1.07), (97, 100, 0.94), (75, 100, 0.72)]
+    ("height", "width", "ratio"),
+    [(100, 100, 1.0), (10, 1000, 0.25), (1000, 10, 4.0), (1069, 1000, 1.07), (97, 100, 0.94), (75, 100, 0.72)],
 )
 def test_nearest_is_linear_in_height_over_width(height: int, width: int, ratio: float) -> None:
     assert PAPER_RATIOS[nearest(PAPER_RATIOS, height, width)] == ratio
@@ -43,7 +44,9 @@ def test_cut_covers_the_size_keeps_the_ratio_and_is_central() -> None:
                 assert made.resized[0] >= size[0]
                 assert made.resized[1] >= size[1]
                 assert size[0] == made.resized[0] or size[1] == made.resized[1]
-                assert abs(made.resized[0] / made.resized[1] - height / width) <= (1 / made.resized[1]) * (1 + height / width)
+                assert abs(made.resized[0] / made.resized[1] - height / width) <= (1 / made.resized[1]) * (
+                    1 + height / width
+                )
                 for extra, offset in ((made.resized[0] - size[0], made.top), (made.resized[1] - size[1], made.left)):
                     assert extra - 2 * offset in (0, 1)
 

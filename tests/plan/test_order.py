@@ -16,7 +16,9 @@ from pixart_ds.plan.shares import micro_batches
 WORLDS = (1, 2, 3, 5, 7, 8, 48, 56, 64, 96)
 
 
-def a_set(counts: list[int], buckets: list[int], selected: list[list[int] | None] | None = None, name: str = "a") -> SetRows:
+def a_set(
+    counts: list[int], buckets: list[int], selected: list[list[int] | None] | None = None, name: str = "a"
+) -> SetRows:
     rows = None if selected is None else tuple(None if r is None else np.array(r, np.int64) for r in selected)
     return SetRows(name, np.array(counts, np.int64), np.array(buckets, np.int64), rows)
 
@@ -38,7 +40,13 @@ def random_order(rng: random.Random) -> tuple[Order, set[int]]:
         sets.append(a_set(counts, buckets, selected, f"set {number}"))
     if not wanted:
         return random_order(rng)
-    order = Order(sets, seed=rng.randint(0, 9), lanes=rng.choice((1, 2, 3, 8, 64)), strip_length=rng.choice((1, 3, 8, 64)), window=rng.choice((1, 2, 4)))
+    order = Order(
+        sets,
+        seed=rng.randint(0, 9),
+        lanes=rng.choice((1, 2, 3, 8, 64)),
+        strip_length=rng.choice((1, 3, 8, 64)),
+        window=rng.choice((1, 2, 4)),
+    )
     return order, wanted
 
 
@@ -48,7 +56,7 @@ def test_every_pass_serves_every_sample_once_for_any_batch(seed: int) -> None:
     order, wanted = random_order(rng)
     assert order.num_samples == len(wanted)
     batch = rng.choice((1, 2, 3, 7, 16, 3 * len(wanted) + 1))
-    seen: Counter[int] = Counter({sample: 0 for sample in wanted})
+    seen: Counter[int] = Counter(dict.fromkeys(wanted, 0))
     at = 0
     while at < 3 * len(wanted):
         plan = order.step(at, batch)
@@ -101,7 +109,9 @@ def test_allotment_is_exact_and_monotone_by_definition() -> None:
     for seed in range(40):
         order, _ = random_order(random.Random(seed))
         times = sorted(
-            (Fraction(2 * j + 1, 2 * int(size)), lane) for lane, size in enumerate(order.lane_sizes) for j in range(int(size))
+            (Fraction(2 * j + 1, 2 * int(size)), lane)
+            for lane, size in enumerate(order.lane_sizes)
+            for j in range(int(size))
         )
         given = np.zeros(order.lanes, np.int64)
         assert order.allot(0).tolist() == given.tolist()
@@ -158,8 +168,14 @@ def test_every_input_is_in_the_fingerprint() -> None:
     sets = [a_set([4, 4], [0, 1])]
     prints = {Order(sets, **base).fingerprint}
     prints |= {Order(sets, **{**base, key: 3}).fingerprint for key in base}
-    prints |= {Order([a_set([4, 4], [0, 1], name="b")], **base).fingerprint, Order([a_set([4, 4], [0, 0])], **base).fingerprint}
-    prints |= {Order([a_set([4, 5], [0, 1])], **base).fingerprint, Order([a_set([4, 4], [0, 1], [[0, 1], None])], **base).fingerprint}
+    prints |= {
+        Order([a_set([4, 4], [0, 1], name="b")], **base).fingerprint,
+        Order([a_set([4, 4], [0, 0])], **base).fingerprint,
+    }
+    prints |= {
+        Order([a_set([4, 5], [0, 1])], **base).fingerprint,
+        Order([a_set([4, 4], [0, 1], [[0, 1], None])], **base).fingerprint,
+    }
     prints |= {Order([a_set([4, 4], [0, 1], [[0, 2], None])], **base).fingerprint, Order(sets * 2, **base).fingerprint}
     assert len(prints) == 11
 
@@ -170,7 +186,9 @@ def test_a_selection_that_leaves_nothing_is_an_error() -> None:
 
 
 def test_unselected_rows_keep_their_ids() -> None:
-    order = Order([a_set([4, 4], [0, 0], [[1, 3], None]), a_set([2], [0], name="b")], seed=0, lanes=2, strip_length=2, window=1)
+    order = Order(
+        [a_set([4, 4], [0, 0], [[1, 3], None]), a_set([2], [0], name="b")], seed=0, lanes=2, strip_length=2, window=1
+    )
     plan = order.step(0, 8)
     assert sorted(plan.sample_id.tolist()) == [1, 3, 4, 5, 6, 7, 8, 9]
     assert sorted(zip(plan.set_index.tolist(), plan.group.tolist(), plan.row.tolist(), strict=True)) == [
@@ -192,7 +210,13 @@ def test_micro_batches_hold_one_bucket_each_and_all_of_the_share() -> None:
 
 def test_golden_order() -> None:
     # Written down once: every later release must serve these, or runs could not be resumed.
-    order = Order([a_set([4, 4, 3, 4], [0, 0, 0, 1]), a_set([2, 5], [1, 2], [None, [0, 2, 4]], "b")], seed=43, lanes=2, strip_length=2, window=2)
+    order = Order(
+        [a_set([4, 4, 3, 4], [0, 0, 0, 1]), a_set([2, 5], [1, 2], [None, [0, 2, 4]], "b")],
+        seed=43,
+        lanes=2,
+        strip_length=2,
+        window=2,
+    )
     assert order.fingerprint == GOLDEN_FINGERPRINT
     assert order.step(0, 20).sample_id.tolist() == GOLDEN_FIRST
     assert order.step(13 * 20, 20).sample_id.tolist() == GOLDEN_LATER

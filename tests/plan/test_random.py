@@ -11,11 +11,20 @@ def test_golden_words() -> None:
     # Written down once: any other release of numpy, machine or thread count must give these.
     assert key_of("order", 43) == GOLDEN_KEY
     assert raw_words((1, 2), (3, 4, 5), 5).tolist() == GOLDEN_WORDS
-    assert raw_words((0, 0), (0, 0, 0), 1).tolist() == np.random.Philox(key=0, counter=0).random_raw(1).reshape(-1).tolist()
+    assert (
+        raw_words((0, 0), (0, 0, 0), 1).tolist()
+        == np.random.Philox(key=0, counter=0).random_raw(1).reshape(-1).tolist()
+    )
 
 
 GOLDEN_KEY = (8036966228079468253, 1725251508621504190)
-GOLDEN_WORDS = [4189792100658428757, 12666372961043322608, 4024337450628799383, 1863647832253266197, 2964524563919465196]
+GOLDEN_WORDS = [
+    4189792100658428757,
+    12666372961043322608,
+    4024337450628799383,
+    1863647832253266197,
+    2964524563919465196,
+]
 
 
 def test_a_longer_stream_begins_like_a_shorter_one() -> None:
@@ -24,7 +33,13 @@ def test_a_longer_stream_begins_like_a_shorter_one() -> None:
 
 
 def test_counters_and_keys_give_different_streams() -> None:
-    seen = {tuple(raw_words(key, (a, b, c), 2)) for key in ((0, 0), (0, 1), (1, 0)) for a in range(3) for b in range(3) for c in range(3)}
+    seen = {
+        tuple(raw_words(key, (a, b, c), 2))
+        for key in ((0, 0), (0, 1), (1, 0))
+        for a in range(3)
+        for b in range(3)
+        for c in range(3)
+    }
     assert len(seen) == 3 * 27
     assert len({key_of("a", "bc"), key_of("ab", "c"), key_of("abc"), key_of("a", 1), key_of("a", "1")}) == 5
 

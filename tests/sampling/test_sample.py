@@ -40,7 +40,9 @@ def test_against_a_loop_by_hand() -> None:
     assert (made - x).abs().max() < 1e-4 * x.abs().max()
 
 
-@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["DPMSolverMultistepScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"]
+)
 def test_a_picture_does_not_depend_on_its_batch(scheduler: str) -> None:
     net = randomised(build(small()))
     own, null = text_of(3)
@@ -49,14 +51,19 @@ def test_a_picture_does_not_depend_on_its_batch(scheduler: str) -> None:
     for number in range(3):
         one = {name: value[number : number + 1] for name, value in own.items()}
         nothing = {name: value[number : number + 1] for name, value in null.items()}
-        alone = sample(net, conditions=one, null_conditions=nothing, seeds=[4 + number], scheduler=scheduler, **options())
+        alone = sample(
+            net, conditions=one, null_conditions=nothing, seeds=[4 + number], scheduler=scheduler, **options()
+        )
         assert (alone[0] - together[number]).abs().max() < 1e-3 * together[number].abs().max()
 
 
 def test_guidance_of_one_needs_no_unconditional_half() -> None:
     net = randomised(build(small()))
     own, null = text_of(2)
-    spoilt = {name: torch.full_like(value.float(), torch.nan) if value.dtype != torch.bool else value for name, value in null.items()}
+    spoilt = {
+        name: torch.full_like(value.float(), torch.nan) if value.dtype != torch.bool else value
+        for name, value in null.items()
+    }
     made = sample(net, conditions=own, null_conditions=spoilt, seeds=[1, 2], **options(guidance_scale=1.0))
     assert torch.isfinite(made).all()
     guided = sample(net, conditions=own, null_conditions=null, seeds=[1, 2], **options())
@@ -66,7 +73,13 @@ def test_guidance_of_one_needs_no_unconditional_half() -> None:
 def test_class_labels_and_micro_conditions() -> None:
     net = randomised(build(small_dit()))
     labels = torch.tensor([0, 3])
-    made = sample(net, conditions={"class_labels": labels}, null_conditions={"class_labels": torch.tensor([5, 5])}, seeds=[1, 1], **options())
+    made = sample(
+        net,
+        conditions={"class_labels": labels},
+        null_conditions={"class_labels": torch.tensor([5, 5])},
+        seeds=[1, 1],
+        **options(),
+    )
     assert made.shape == (2, 4, 8, 6)
     assert not torch.allclose(made[0], made[1])
     ms = randomised(build(small(micro_conditions=True)))

@@ -1,0 +1,134 @@
+"""A stage that is stopped, killed and resumed at other worlds trains on the same samples and comes to the same losses."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pixart_ds import files
+from pixart_ds.layout import RunLayout, StageLayout
+from tests.e2e.test_demo import ROOT, call
+
+pytestmark = pytest.mark.e2e
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small set with buckets, straddled passes (60 samples, batches of 32), and several row groups."""
+    from pixart_ds.demo.pictures import write_pictures
+
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder / "pictures", 60, seed=1)
+    encoders = ROOT / "pixart_ds/demo/encoders"
+    sets = [
+        f"source={folder / 'pictures'}",
+        f"output={folder / 'set'}",
+        f"vae={encoders / 'vae'}",
+        f"text_encoder={encoders / 'text'}",
+    ]
+    answer = call("prepare", "smoke/prepare", *(word for each in sets for word in ("--set", each)))
+    assert answer.returncode == 0, answer.stderr
+    return folder / "set"
+
+
+def create(run: Path, data: Path) -> StageLayout:
+    overrides = [
+        f"*.data.sets=[{{path: {data}}}]",
+        f"stage1.length.steps={STEPS}",
+        "stage1.checkpoint.every.steps=6",
+        "stage1.data.latents=40-buckets",
+    ]
+    answer = call("create", run, "--chain", "smoke/chain", *(word for each in overrides for word in ("--set", each)))
+    assert answer.returncode == 0, answer.stderr
+    return RunLayout(run).stage("stage1")
+
+
+def start(run: Path, processes: int) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "pixart_ds",
+        "train",
+        str(run),
+        "stage1",
+        "--device",
+        "cpu",
+        "--processes",
+        str(processes),
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(stage: StageLayout, attempt: int, images: int, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None:
+        row = files.last_json_line(stage.attempt(attempt).metrics)
+        if row is not None and row["images_seen"] >= images:
+            return
+        time.sleep(0.02)
+
+
+def final_lines(stage: StageLayout, name: str) -> dict[int, dict[str, Any]]:
+    """By clock, each line of the newest attempt that reached it: what the line of checkpoints holds."""
+    lines: dict[int, dict[str, Any]] = {}
+    for attempt in stage.all_attempts():
+        for line in files.read_json_lines(getattr(attempt, name)):
+            lines[line["images_seen"]] = line
+    return lines
+
+
+def test_stopped_killed_and_resumed_at_other_worlds(data: Path, tmp_path: Path) -> None:
+    whole = create(tmp_path / "whole", data)
+    process = start(tmp_path / "whole", 2)
+    assert process.wait() == 0, process.stdout.read() if process.stdout else ""
+    broken = create(tmp_path / "broken", data)
+    seed = int(os.environ.get("PIXART_TEST_SEED", "0")) or random.randrange(1, 10**6)
+    print(f"PIXART_TEST_SEED={seed}")
+    chance = random.Random(seed)
+    for attempt, (world, how) in enumerate(((2, "SIGTERM"), (3, "SIGKILL"), (1, "SIGUSR1"), (2, None)), start=1):
+        process = start(tmp_path / "broken", world)
+        if how:
+            wait_for(broken, attempt, 32 * (8 * attempt + chance.randrange(-2, 3)), process)
+            if how == "SIGKILL":  # a rank dies: nothing is saved, the newest checkpoint counts
+                ranks = subprocess.run(
+                    ["pgrep", "-f", f"pixart_ds.train.rank --run {tmp_path / 'broken'}"],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                os.kill(int(chance.choice(ranks.stdout.split())), signal.SIGKILL)
+            else:
+                process.send_signal(getattr(signal, how))
+        code = process.wait()
+        output = process.stdout.read() if process.stdout else ""
+        assert code == {"SIGTERM": 75, "SIGUSR1": 75, "SIGKILL": 70, None: 0}[how], output
+    assert [files.read_json(a.outcome)["outcome"] for a in broken.all_attempts()] == [
+        "stopped",
+        "failed",
+        "stopped",
+        "done",
+    ]
+
+    audit, other = final_lines(whole, "audit"), final_lines(broken, "audit")
+    assert sorted(audit) == sorted(other) == list(range(32, 32 * STEPS + 1, 32))
+    assert [line["digest"] for line in audit.values()] == [other[clock]["digest"] for clock in audit]
+    losses, again = final_lines(whole, "metrics"), final_lines(broken, "metrics")
+    for clock, line in losses.items():
+        assert again[clock]["loss"] == pytest.approx(line["loss"], rel=1e-4), clock
+        assert again[clock]["learning_rate"] == line["learning_rate"]
