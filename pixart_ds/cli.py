@@ -12,7 +12,10 @@ from typing import Any
 from pixart_ds import __version__
 from pixart_ds.errors import EXIT_DONE, PixArtError
 
-_EPILOG = """exit codes: 0 done, 2 your config, 3 your machine, 4 your data, 5 a checkpoint, 70 our bug, 75 stopped on request: start again"""
+_EPILOG = (
+    "exit codes: 0 done, 2 your config, 3 your machine, 4 your data, 5 a checkpoint, 70 our bug, "
+    "75 stopped on request: start again"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,7 +284,6 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(answer)
     else:
-        print(
-            f"{'would write' if options.dry_run else 'wrote'} the {answer['weights']} weights of {answer['stage']} to {answer['out']}"
-        )
+        did = "would write" if options.dry_run else "wrote"
+        print(f"{did} the {answer['weights']} weights of {answer['stage']} to {answer['out']}")
     return EXIT_DONE

@@ -91,7 +91,8 @@ def test_last_json_line_of_a_long_file(tmp_path: Path) -> None:
 
 
 def test_two_processes_never_take_the_same_number(tmp_path: Path) -> None:
-    script = f"from pathlib import Path; from pixart_ds import files; print(*(files.make_numbered(Path({str(tmp_path)!r}))[0] for _ in range(20)))"
+    take = f"(files.make_numbered(Path({str(tmp_path)!r}))[0] for _ in range(20))"
+    script = f"from pathlib import Path; from pixart_ds import files; print(*{take})"
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     numbers = [int(word) for process in processes for word in process.communicate()[0].split()]
     assert sorted(numbers) == list(range(1, 61))

@@ -21,9 +21,10 @@ def test_wheel_holds_recipes_rates_encoders_and_deepspeed_files(tmp_path: Path) 
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"pixart_ds-{pixart_ds.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())

@@ -7,7 +7,7 @@ resolved=$(uv pip compile tools/lock.in --override tools/lock.overrides --univer
   --no-emit-index-url --no-annotate --no-header --quiet)
 {
   sed -n '/^#/p' requirements.txt
-  grep -vE "'never'|emscripten'\$|win32'\$" <<<"$resolved" |
+  grep -vE "'never'|== '(emscripten|win32)'\$" <<<"$resolved" |
     sed -E "s/ ; sys_platform (==|!=) '(linux|emscripten)'\$//" |
     grep -vE '^(nvidia-|cuda-|triton|torch==)'
 } >requirements.txt.new

@@ -232,7 +232,7 @@ class _Reader:
         ]
         about = self.sets[int(plan.set_index[0])].description
         ratio = 1.0 if about.latents[self.latents].square else about.ratios[int(plan.bucket[0])]
-        longest = max(1, max(len(sample.caption_embeds) for sample in samples))
+        longest = max(1, *(len(sample.caption_embeds) for sample in samples))
         captions = torch.zeros(len(samples), longest, about.caption_channels)
         mask = torch.zeros(len(samples), longest, dtype=torch.bool)
         for number, sample in enumerate(samples):

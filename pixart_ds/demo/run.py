@@ -174,7 +174,8 @@ class Demo:
             self._train_half(run, stage)
             fewer = 1 if self.processes > 1 else 2
             self.log.event(
-                f"   stopped with exit code {EXIT_STOPPED}; resumes on {fewer} process{'es' if fewer > 1 else ''} instead of {self.processes}"
+                f"   stopped with exit code {EXIT_STOPPED}; resumes on {fewer} process{'es' if fewer > 1 else ''} "
+                f"instead of {self.processes}"
             )
             self._supervise(run, stage, fewer).check()
         else:

@@ -73,7 +73,8 @@ def page(values: dict[str, Any]) -> str:
     lines = [
         f"Cost of {values['run']}",
         "",
-        f"{'stage':<13}{'attempt':<17}{'devices':>8}{'device-hours':>14}{'kWh':>10}{'kg CO2e':>10}{'$':>9}{'images/s':>10}{'paper, V100-days':>18}",
+        f"{'stage':<13}{'attempt':<17}{'devices':>8}{'device-hours':>14}{'kWh':>10}{'kg CO2e':>10}{'$':>9}{'images/s':>10}"
+        f"{'paper, V100-days':>18}",
     ]
     for stage in values["stages"]:
         for number, attempt in enumerate(stage["attempts"]):

@@ -1,4 +1,4 @@
-"""A rank without torch: does what its script says. Arguments are those of the real one, and `--script a,b,…` (one for each rank)."""
+"""A rank without torch: does what `--script a,b,…` (one for each rank) says; its other arguments are the real one's."""
 
 from __future__ import annotations
 

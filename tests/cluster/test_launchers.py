@@ -76,7 +76,8 @@ def test_master_is_the_first_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_task_survives_a_stop_signal_before_its_handlers_are_there(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom pixart_ds.cluster import task\n"
-        "task.RANK_MODULE = (sys.executable, '-c', 'import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print(os.environ[\"RANK\"])')\n"
+        "rank = 'import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print(os.environ[\"RANK\"])'\n"
+        "task.RANK_MODULE = (sys.executable, '-c', rank)\n"
         "task.main()\n"
     )
     slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}

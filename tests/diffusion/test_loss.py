@@ -97,7 +97,7 @@ def test_schedule_is_diffusers_linear_one() -> None:
     theirs = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", variance_type="learned_range")
     ours = Schedule.linear()
     assert torch.allclose(ours.signal, theirs.alphas_cumprod.sqrt(), rtol=1e-4)
-    output, x0, noise, timesteps = batch([0, 10, 999])
+    _, x0, noise, timesteps = batch([0, 10, 999])
     assert torch.allclose(noisy(x0, noise, timesteps), theirs.add_noise(x0, noise, timesteps), atol=1e-5)
     for t in (1, 10, 999):  # log of the learned variance at both ends of its range
         for position, table in ((-1.0, ours.log_posterior), (1.0, ours.log_beta)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,8 +93,8 @@ def cuts(step: int, world_size: int) -> list[list[slice]]:
         idle = luck.randrange(world_size)
         edges[idle + 1 if idle + 1 < world_size else idle] = edges[idle if idle + 1 < world_size else idle + 1]
     shares = []
-    for at, end in zip(edges, edges[1:], strict=False):
-        pieces = []
+    for start, end in pairwise(edges):
+        at, pieces = start, []
         while at < end:
             size = min(end - at, luck.randint(1, 4))
             pieces.append(slice(at, at + size))

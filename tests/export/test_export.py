@@ -97,7 +97,7 @@ def test_the_pipelines_picture_is_ours(tmp_path: Path, micro: bool) -> None:
 
 
 def test_an_export_replaces_its_like_and_nothing_else(tmp_path: Path) -> None:
-    config, net = exported(tmp_path / "pipeline", False)
+    exported(tmp_path / "pipeline", False)
     assert json.loads((tmp_path / "pipeline/pixart_ds.json").read_text()) == {"stage": "x"}
     exported(tmp_path / "pipeline", False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pipeline"]

@@ -279,15 +279,16 @@ def diffusers_twin(net: PixArt, height: int) -> Any:
 
     config, ours = net.config, net.state_dict()
     twin = PixArtTransformer2DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads, in_channels=4, out_channels=8,
-        num_layers=config.depth, cross_attention_dim=config.hidden_size, sample_size=height, patch_size=2, caption_channels=20,
+        num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
+        in_channels=4, out_channels=8, num_layers=config.depth, cross_attention_dim=config.hidden_size, sample_size=height, patch_size=2, caption_channels=20,
         use_additional_conditions=config.micro_conditions, interpolation_scale=config.interpolation_scale, norm_num_groups=1,
     )  # fmt: skip
     state = {}
     simple = {
         "pos_embed.proj": "x_embedder.proj", "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
         "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2", "adaln_single.linear": "t_block.1",
-        "caption_projection.linear_1": "y_embedder.y_proj.fc1", "caption_projection.linear_2": "y_embedder.y_proj.fc2", "proj_out": "final_layer.linear",
+        "caption_projection.linear_1": "y_embedder.y_proj.fc1", "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+        "proj_out": "final_layer.linear",
     }  # fmt: skip
     if config.micro_conditions:
         for theirs, mine in (("resolution", "csize"), ("aspect_ratio", "ar")):
