@@ -280,7 +280,8 @@ def diffusers_twin(net: PixArt, height: int) -> Any:
     config, ours = net.config, net.state_dict()
     twin = PixArtTransformer2DModel(
         num_attention_heads=config.num_heads, attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=4, out_channels=8, num_layers=config.depth, cross_attention_dim=config.hidden_size, sample_size=height, patch_size=2, caption_channels=20,
+        in_channels=4, out_channels=8, num_layers=config.depth, cross_attention_dim=config.hidden_size,
+        sample_size=height, patch_size=2, caption_channels=20,
         use_additional_conditions=config.micro_conditions, interpolation_scale=config.interpolation_scale, norm_num_groups=1,
     )  # fmt: skip
     state = {}
