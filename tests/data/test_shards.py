@@ -1,0 +1,179 @@
+"""Prepared sets: written in parts, read back, plain MDS for others, and what is said of damaged ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pixart_ds.config.schema import SetConfig
+from pixart_ds.data.mds import OpenShard
+from pixart_ds.data.shards import PreparedSet, SetWriter
+from pixart_ds.errors import DataError
+from tests.helpers.sets import GROUPS, description, finish, row, tiny_set, write_parts
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> PreparedSet:
+    return tiny_set(tmp_path_factory.mktemp("set") / "set")
+
+
+def test_rows_read_back_as_they_were_written(made: PreparedSet) -> None:
+    assert made.num_samples == sum(count for _, count in GROUPS)
+    assert made.partitions.tolist() == [partition for partition, _ in GROUPS]
+    assert made.null_embeds.tolist() == [[0.5] * 6]
+    assert [(text, embeds.shape) for text, embeds in made.prompts] == [("a cat", (3, 6))]
+    number = 0
+    for group, (partition, count) in enumerate(GROUPS):
+        for place in range(count):
+            wanted = row(number, partition)
+            shards = made.shard_set("captions")
+            text = OpenShard(shards.shards[group], shards.sizes, shards.columns).read(place)
+            assert bytes(text["caption_embeds"]) == wanted.caption_embeds.tobytes()
+            assert bytes(text["name"]).decode() == wanted.name
+            assert int.from_bytes(text["class_label"], "little", signed=True) == wanted.class_label
+            for name in ("32-square", "48-buckets"):
+                shards = made.shard_set(name)
+                image = OpenShard(shards.shards[group], shards.sizes, shards.columns).read(place)
+                assert bytes(image["latents"]) == wanted.latents[name].tobytes()
+                assert np.frombuffer(image["shape"], "<i4").tolist() == list(wanted.latents[name].shape)
+            number += 1
+
+
+@pytest.mark.parametrize("folder", ["captions", "latents-32-square", "latents-48-buckets"])
+def test_a_stock_streaming_dataset_reads_it(made: PreparedSet, folder: str) -> None:
+    code = textwrap.dedent(f"""
+        import json, sys, types
+        sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
+        from streaming import StreamingDataset
+        data = StreamingDataset(local={str(made.path / folder)!r}, shuffle=False, batch_size=1)
+        rows = []
+        for number in range(len(data)):
+            sample = data[number]
+            rows.append([sample["part"], sample["row"], (sample.get("latents") or sample["caption_embeds"]).hex()])
+        print(json.dumps(rows))
+    """)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    rows = json.loads(answer.stdout.splitlines()[-1])
+    wanted, first = [], 0
+    for part, (partition, count) in enumerate(GROUPS):
+        for place in range(count):
+            each = row(first + place, partition)
+            stored = each.caption_embeds if folder == "captions" else each.latents[folder.removeprefix("latents-")]
+            wanted.append([part, place, stored.tobytes().hex()])
+        first += count
+    assert rows == wanted
+
+
+def test_the_stub_for_torchvision_is_still_needed() -> None:
+    code = "import sys; sys.modules['torchvision'] = None; import streaming"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode != 0, "streaming imports without torchvision: remove the stub in streaming_compat"
+    assert "torchvision" in answer.stderr
+
+
+def test_a_killed_writer_goes_on_and_makes_the_same_set(made: PreparedSet, tmp_path: Path) -> None:
+    writer = SetWriter(tmp_path, description())
+    write_parts(writer, GROUPS[:2])
+    stale = tmp_path / "captions" / "part-00002"  # renamed, but killed before the part's marker
+    stale.mkdir()
+    (stale / "shard.00000.mds").write_bytes(b"half")
+    (tmp_path / "latents-32-square" / f".part-00002.{os.getpid()}.tmp").mkdir()
+    with pytest.raises(DataError, match=r"no file manifest\.json") as caught:
+        PreparedSet.open(tmp_path)
+    assert "run the same `pixart-ds prepare` again" in str(caught.value)
+    again = SetWriter(tmp_path, description())
+    assert again.parts_done() == {0, 1}
+    write_parts(again, GROUPS)
+    finish(again)
+    assert PreparedSet.open(tmp_path).fingerprint == made.fingerprint
+
+
+def test_content_and_description_are_in_the_fingerprint(made: PreparedSet, tmp_path: Path) -> None:
+    prints = {made.fingerprint}
+    for number, changes in enumerate(({"scaling_factor": 0.6}, {"classes": ("cat",)})):
+        prints.add(tiny_set(tmp_path / str(number), **changes).fingerprint)
+    prints.add(tiny_set(tmp_path / "other", GROUPS[:-1]).fingerprint)
+    assert len(prints) == 4
+
+
+def test_square_latents_are_one_bucket_and_others_have_one_for_each_ratio(made: PreparedSet) -> None:
+    square, buckets = (made.rows_for(name, SetConfig(path="x")) for name in ("32-square", "48-buckets"))
+    assert set(square.buckets.tolist()) == {0}
+    assert buckets.buckets.tolist() == made.partitions.tolist()
+    assert square.selected is None
+    assert square.counts.tolist() == [count for _, count in GROUPS]
+
+
+def chosen(made: PreparedSet, **config: float) -> set[int]:
+    rows = made.rows_for("32-square", SetConfig.model_validate({"path": "x", **config}))
+    starts = np.concatenate([[0], rows.counts.cumsum()[:-1]])
+    selected = rows.selected or (None,) * len(rows.counts)
+    return {
+        int(start) + place
+        for start, count, part in zip(starts, rows.counts, selected, strict=True)
+        for place in (range(count) if part is None else part.tolist())
+    }
+
+
+def test_counts_and_filters(made: PreparedSet) -> None:
+    everything = {n: row(n, p) for n, p in enumerate(p for p, count in GROUPS for _ in range(count))}
+    assert chosen(made, count=10) < chosen(made, count=11) < set(everything)
+    assert len(chosen(made, count=10)) == 10
+    assert len(chosen(made, count=999)) == len(everything)
+    scored = {n for n, r in everything.items() if r.aesthetic_score is not None and r.aesthetic_score >= 1.25}
+    assert chosen(made, min_aesthetic_score=1.25) == scored
+    flat = {n for n, r in everything.items() if r.original_height / r.original_width <= 1.0}
+    assert chosen(made, max_ratio=1.0) == flat
+    assert chosen(made, min_ratio=1.0) == {n for n, r in everything.items() if r.original_height / r.original_width >= 1.0}
+    assert chosen(made, min_side=50) == {n for n, r in everything.items() if min(r.original_height, r.original_width) >= 50}
+    assert chosen(made, min_side=50, max_ratio=1.1) == chosen(made, min_side=50) & chosen(made, max_ratio=1.1)
+    with pytest.raises(DataError, match=r"leaves no sample of 33 \(min_side 9999\)"):
+        chosen(made, min_side=9999)
+
+
+def test_what_is_said_of_sets_that_cannot_be_read(made: PreparedSet, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the folder does not exist") as caught:
+        PreparedSet.open(tmp_path / "none")
+    assert "pixart-ds prepare" in str(caught.value)
+    with pytest.raises(DataError, match="is an object store"):
+        PreparedSet.open(Path("s3://bucket/set"))
+    with pytest.raises(DataError, match="no latents '512'") as caught:
+        made.rows_for("512", SetConfig(path="x"))
+    assert "32-square, 48-buckets" in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "index"])
+def test_what_is_said_of_damaged_sets(tmp_path: Path, fault: str) -> None:
+    path = tiny_set(tmp_path).path
+    shard = path / "latents-32-square/part-00001/shard.00000.mds"
+    if fault == "missing":
+        shard.unlink()
+        words = f"{shard} is missing"
+    elif fault == "truncated":
+        size = shard.stat().st_size
+        os.truncate(shard, size - 1)
+        words = f"{shard} has {size - 1} bytes instead of {size}"
+    else:
+        index = json.loads((path / "latents-32-square/index.json").read_text())
+        index["shards"][0]["samples"] += 1
+        (path / "latents-32-square/index.json").write_text(json.dumps(index))
+        words = "the index and the manifest disagree"
+    with pytest.raises(DataError) as caught:
+        PreparedSet.open(path).rows_for("32-square", SetConfig(path="x"))
+    assert words in str(caught.value)
+    PreparedSet.open(path).rows_for("48-buckets", SetConfig(path="x"))  # the other latents are whole
+
+
+def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:
+    writer = SetWriter(tmp_path, description(caption_channels=7))
+    with pytest.raises(DataError, match=r"pictures/0.png: caption features are float16"):
+        write_parts(writer, GROUPS)
+    assert writer.parts_done() == set()

@@ -1,0 +1,87 @@
+"""Small prepared sets without encoders: random latents and caption features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixart_ds.data.shards import LatentsInfo, PreparedSet, Row, SetDescription, SetWriter
+
+RATIOS = (0.5, 1.0, 2.0)
+BUCKET_SIZES = ((4, 8), (6, 6), (8, 4))
+
+
+def description(**changes: Any) -> SetDescription:
+    values: dict[str, Any] = {
+        "ratios": RATIOS,
+        "latents": {
+            "32-square": LatentsInfo(square=True, sizes=((4, 4),)),
+            "48-buckets": LatentsInfo(square=False, sizes=BUCKET_SIZES),
+        },
+        "latent_channels": 4,
+        "downsampling_factor": 8,
+        "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+        "caption_channels": 6,
+        "max_tokens": 9,
+        "classes": ("cat", "dog"),
+        "vae": "v",
+        "text_encoder": "t",
+        "vae_fingerprint": "v1",
+        "text_fingerprint": "t1",
+        "source": "here",
+    }
+    return SetDescription(**{**values, **changes})
+
+
+def row(number: int, partition: int, *, tokens: int | None = None) -> Row:
+    """Row `number` of the world: everything in it follows from its number."""
+    random = np.random.default_rng(number)
+    length = int(random.integers(1, 10)) if tokens is None else tokens
+    height, width = BUCKET_SIZES[partition]
+    std = {"32-square": (4, 4), "48-buckets": (height, width)}
+    return Row(
+        name=f"pictures/{number}.png",
+        caption=f"picture {number}",
+        caption_embeds=random.standard_normal((length, 6)).astype(np.float16),
+        class_label=number % 3 - 1,
+        original_height=10 * height + number,
+        original_width=10 * width,
+        latents={
+            name: np.concatenate([random.standard_normal((4, *size)), random.uniform(0.1, 0.5, (4, *size))]).astype(np.float16)
+            for name, size in std.items()
+        },
+        aesthetic_score=None if number % 5 == 0 else number / 10,
+    )
+
+
+def write_parts(writer: SetWriter, groups: Sequence[tuple[int, int]], *, tokens: int | None = None) -> None:
+    """Writes the parts that are missing; `groups` holds (partition, rows) of each."""
+    first = 0
+    done = writer.parts_done()
+    for part, (partition, count) in enumerate(groups):
+        if part not in done:
+            writer.write_group(part, partition, [row(first + n, partition, tokens=tokens) for n in range(count)])
+        first += count
+
+
+def finish(writer: SetWriter) -> None:
+    """Writes null caption, a prompt and the manifest."""
+    null = np.full((1, 6), 0.5, np.float16)
+    writer.finish(null, [("a cat", np.ones((3, 6), np.float16))])
+
+
+GROUPS = ((1, 8), (0, 8), (1, 8), (2, 5), (1, 1), (0, 3))
+
+
+def tiny_set(
+    folder: Path, groups: Sequence[tuple[int, int]] = GROUPS, *, tokens: int | None = None, **changes: Any
+) -> PreparedSet:
+    """A finished set of (partition, rows) groups."""
+    writer = SetWriter(folder, description(**changes))
+    write_parts(writer, groups, tokens=tokens)
+    finish(writer)
+    return PreparedSet.open(folder)
