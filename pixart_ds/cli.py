@@ -247,7 +247,7 @@ def _train(options: argparse.Namespace) -> int:
         return EXIT_DONE
     layout = run.stage(stage.name)
     with ProgressBar(layout.attempts, stage.total_images, stage.name):
-        return supervise(run.root, stage.name, launcher=launcher, device=options.device)
+        return supervise(run.root, stage.name, launcher=launcher, device=options.device, output=sys.stdout)
 
 
 def _default_processes(device: str) -> int:

@@ -7,9 +7,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from pixart_ds import files
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Log:
@@ -61,32 +64,47 @@ def si(number: float, unit: str = "") -> str:
 class ProgressBar:
     """A bar with the time left, drawn in a terminal from the newest attempt's metrics; nothing elsewhere.
 
-    It only reads files, so it works beside any launcher, and whoever draws it may come and go.
+    It only reads files, so it works beside any launcher. While it is shown, what is written to `sys.stdout` scrolls above it.
 
     Args:
         attempts: The stage's folder of attempts.
         total_images: Length of the stage.
         subject: Text before the bar.
+        stream: The terminal.
     """
 
     def __init__(self, attempts: Path, total_images: int, subject: str, stream: TextIO | None = None) -> None:
         self.attempts = attempts
         self.total_images = total_images
         self.subject = subject
-        self.stream = stream or sys.stderr
+        self.stream = stream or sys.stdout
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._progress: Progress | None = None
 
     def __enter__(self) -> ProgressBar:
         if self.stream.isatty() and os.environ.get("TERM") != "dumb":
-            self._thread = threading.Thread(target=self._draw, daemon=True)
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=Console(file=self.stream), transient=True)
+            self._progress.start()
+            self._thread = threading.Thread(target=self._follow, daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        if self._thread is not None:
+        if self._thread is not None and self._progress is not None:
             self._thread.join()
+            self._progress.stop()
 
     def _newest(self) -> dict[str, float] | None:
         for metrics in sorted(self.attempts.glob("*/metrics.jsonl"), reverse=True):
@@ -94,21 +112,10 @@ class ProgressBar:
                 return dict(row)
         return None
 
-    def _draw(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
-        console = Console(file=self.stream)
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(self.subject, total=self.total_images, note="starting")
-            while not self._done.wait(0.5):
-                if (row := self._newest()) is not None:
-                    note = f"loss {row['loss']:.3f}" if row.get("loss") is not None else ""
-                    progress.update(task, completed=row["images_seen"], note=note)
+    def _follow(self) -> None:
+        assert self._progress is not None
+        task = self._progress.add_task(self.subject, total=self.total_images, note="starting")
+        while not self._done.wait(0.5):
+            if (row := self._newest()) is not None:
+                note = f"loss {row['loss']:.3f}" if row.get("loss") is not None else ""
+                self._progress.update(task, completed=row["images_seen"], note=note)

@@ -135,5 +135,5 @@ def load_cut(path: Path, sizes: list[tuple[int, int]]) -> list[npt.NDArray[np.ui
         place = cut(image.height, image.width, size)
         resized = image.resize(place.resized[::-1], Image.Resampling.LANCZOS)
         box = (place.left, place.top, place.left + size[1], place.top + size[0])
-        made.append(np.asarray(resized.crop(box)))
+        made.append(np.array(resized.crop(box)))
     return made
