@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("recipe", help="path or name of a prepare recipe")
     _sets(verb)
     verb.add_argument("--processes", type=_positive, default=1, help="encoding processes (default 1)")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the encoders compute")
     _dry_run(verb)
     _json(verb)
 
@@ -190,7 +191,7 @@ def _prepare(options: argparse.Namespace) -> int:
         plan = pipeline.plan_of(config)
         _print_json(plan.summary()) if options.json else print(plan)
         return EXIT_DONE
-    report = pipeline.prepare(config, processes=options.processes)
+    report = pipeline.prepare(config, processes=options.processes, device=options.device)
     _print_json(report.to_json()) if options.json else print(report)
     return EXIT_DONE
 

@@ -19,9 +19,10 @@ from pixart_ds.config.load import load_chain, load_prepare
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.demo.judge import MEASURES
 from pixart_ds.demo.pictures import caption, held_out_scenes, write_pictures
-from pixart_ds.errors import EXIT_STOPPED, DataError, MachineError, PixArtError
+from pixart_ds.errors import EXIT_STOPPED, MachineError, PixArtError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log, duration
+from pixart_ds.prepare.sources import scan
 
 if TYPE_CHECKING:
     from pixart_ds.demo.grids import Sheet
@@ -124,19 +125,7 @@ class Demo:
         """Prompts that no training picture shows; of the user's own pictures some of their captions."""
         if self.images is None:
             return [caption(scene) for scene in held_out_scenes(self.about.prompts, PROMPT_SEED)]
-        captions = sorted(
-            {
-                path.read_text(encoding="utf-8").strip()
-                for path in self.images.rglob("*.txt")
-                if path.suffixes == [".txt"]
-            }
-        )
-        if not captions:
-            raise DataError(
-                "there is no caption NAME.txt beside any picture",
-                where=self.images,
-                remedy="write one text file beside each picture",
-            )
+        captions = sorted({picture.caption() for picture in scan(self.images, ".txt").pictures})
         return captions[:: max(1, len(captions) // self.about.prompts)][: self.about.prompts]
 
     def _prepare(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -14,10 +16,13 @@ from pixart_ds.errors import EXIT_BUG, EXIT_DONE, PixArtError
 from pixart_ds.log import Log
 from pixart_ds.train.stop import StopFlag
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one rank of one launch; the exit code tells its supervisor what kind of error ended it, if any."""
     stop = StopFlag().install()  # before torch is imported: a signal meanwhile must not kill the rank
+    _stop_with_parent()
     options = _parser().parse_args(argv)
     from pixart_ds.engine.world import join_world, leave_world
 
@@ -45,6 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         _leave(EXIT_BUG)
     return EXIT_DONE
+
+
+def _stop_with_parent() -> None:
+    """Asks the kernel for a SIGTERM when the process that started this rank ends: a killed supervisor leaves no rank behind."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def _leave(code: int) -> None:

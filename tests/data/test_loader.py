@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,21 @@ def order_of(made: PreparedSet, latents: str) -> Order:
 
 
 def loader_of(made: PreparedSet, latents: str = "48-buckets", **changes: Any) -> Loader:
-    options: dict[str, Any] = {"rank": 0, "world_size": 1, "micro_batch_size": 5, "condition_dropout": 0.3, "threads": 1}
+    options: dict[str, Any] = {
+        "rank": 0,
+        "world_size": 1,
+        "micro_batch_size": 5,
+        "condition_dropout": 0.3,
+        "threads": 1,
+    }
     return Loader(
-        [made], order_of(made, latents), latents=latents, stage="stage9", seed=8, global_batch_size=BATCH, **{**options, **changes}
+        [made],
+        order_of(made, latents),
+        latents=latents,
+        stage="stage9",
+        seed=8,
+        global_batch_size=BATCH,
+        **{**options, **changes},
     )
 
 
@@ -68,7 +81,9 @@ def test_all_worlds_and_thread_counts_deliver_the_same(made: PreparedSet) -> Non
 
 
 def test_a_later_start_is_reached_without_walking(made: PreparedSet) -> None:
-    assert [by_sample(step) for step in steps(made, 3, after=5 * BATCH)] == [by_sample(step) for step in steps(made)[5:]]
+    assert [by_sample(step) for step in steps(made, 3, after=5 * BATCH)] == [
+        by_sample(step) for step in steps(made)[5:]
+    ]
 
 
 def test_a_pass_serves_every_row_once_with_its_own_content(made: PreparedSet) -> None:
@@ -84,7 +99,9 @@ def test_a_pass_serves_every_row_once_with_its_own_content(made: PreparedSet) ->
             assert batch.original_sizes[n].tolist() == [wanted.original_height, wanted.original_width]
             assert batch.aspect_ratios[n].item() == RATIOS[partitions[sample]]
             assert batch.class_labels[n].item() == wanted.class_label
-            assert np.array_equal(batch.caption_embeds[n][batch.caption_mask[n]].numpy(), wanted.caption_embeds.astype(np.float32))
+            assert np.array_equal(
+                batch.caption_embeds[n][batch.caption_mask[n]].numpy(), wanted.caption_embeds.astype(np.float32)
+            )
             assert not batch.caption_embeds[n][~batch.caption_mask[n]].any()
             draws = draw(8, "stage9", sample, int(batch.visits[n]), (4, *batch.latents.shape[2:]), 0.3)
             moments = wanted.latents["48-buckets"].astype(np.float32)
@@ -97,7 +114,9 @@ def test_a_pass_serves_every_row_once_with_its_own_content(made: PreparedSet) ->
 def test_digest_is_the_sum_of_the_samples_hashes(made: PreparedSet) -> None:
     for batch in steps(made, 1)[0]:
         total = 0
-        for sample, visit, timestep in zip(batch.sample_ids.tolist(), batch.visits.tolist(), batch.timesteps.tolist(), strict=True):
+        for sample, visit, timestep in zip(
+            batch.sample_ids.tolist(), batch.visits.tolist(), batch.timesteps.tolist(), strict=True
+        ):
             key = draw(8, "stage9", sample, visit, tuple(batch.latents.shape[1:]), 0.3).noise_key  # type: ignore[arg-type]
             total += sample_digest(sample, visit, timestep, key)
         assert batch.digest == total % 2**64
@@ -153,9 +172,14 @@ def test_damage_is_named_and_never_delivered(tmp_path: Path, fault: str) -> None
     else:
         shard.unlink()
         words = "the shard cannot be opened: No such file"
-    with pytest.raises(DataError) as caught, loader:
-        for at in loader.steps(0, 5 * BATCH):
-            list(loader.micro_batches(at))
+
+    def walk() -> None:
+        with loader:
+            for at in loader.steps(0, 5 * BATCH):
+                list(loader.micro_batches(at))
+
+    with pytest.raises(DataError) as caught:
+        walk()
     assert words in str(caught.value)
     assert "part-0000" in str(caught.value)
 
@@ -164,9 +188,9 @@ def test_rows_that_are_not_the_planned_ones_are_refused(tmp_path: Path) -> None:
     """Index and shards agree with each other, but not with the manifest: two parts changed places."""
     made = tiny_set(tmp_path)
     index = made.path / "latents-48-buckets/index.json"
-    text = index.read_text().replace("part-00000/", "part-x/").replace("part-00002/", "part-00000/").replace("part-x/", "part-00002/")
-    import json
-
+    text = index.read_text()
+    for old, new in (("part-00000/", "part-x/"), ("part-00002/", "part-00000/"), ("part-x/", "part-00002/")):
+        text = text.replace(old, new)
     shards = json.loads(text)
     first, third = shards["shards"][0]["raw_data"], shards["shards"][2]["raw_data"]
     for key in ("bytes", "hashes"):

@@ -132,8 +132,12 @@ def test_counts_and_filters(made: PreparedSet) -> None:
     assert chosen(made, min_aesthetic_score=1.25) == scored
     flat = {n for n, r in everything.items() if r.original_height / r.original_width <= 1.0}
     assert chosen(made, max_ratio=1.0) == flat
-    assert chosen(made, min_ratio=1.0) == {n for n, r in everything.items() if r.original_height / r.original_width >= 1.0}
-    assert chosen(made, min_side=50) == {n for n, r in everything.items() if min(r.original_height, r.original_width) >= 50}
+    assert chosen(made, min_ratio=1.0) == {
+        n for n, r in everything.items() if r.original_height / r.original_width >= 1.0
+    }
+    assert chosen(made, min_side=50) == {
+        n for n, r in everything.items() if min(r.original_height, r.original_width) >= 50
+    }
     assert chosen(made, min_side=50, max_ratio=1.1) == chosen(made, min_side=50) & chosen(made, max_ratio=1.1)
     with pytest.raises(DataError, match=r"leaves no sample of 33 \(min_side 9999\)"):
         chosen(made, min_side=9999)

@@ -40,7 +40,9 @@ def test_a_square_cut_of_a_wide_picture_keeps_its_caption_true() -> None:
         cuts = []
         for scene in shown:
             place = cut(*size, (min(size), min(size)))
-            cuts.append(draw(scene, random, *size)[place.top : place.top + min(size), place.left : place.left + min(size)])
+            cuts.append(
+                draw(scene, random, *size)[place.top : place.top + min(size), place.left : place.left + min(size)]
+            )
         assert score(cuts, shown)["all"] >= 0.9
 
 

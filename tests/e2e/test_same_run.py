@@ -132,3 +132,22 @@ def test_stopped_killed_and_resumed_at_other_worlds(data: Path, tmp_path: Path) 
     for clock, line in losses.items():
         assert again[clock]["loss"] == pytest.approx(line["loss"], rel=1e-4), clock
         assert again[clock]["learning_rate"] == line["learning_rate"]
+
+
+def test_a_killed_supervisor_leaves_no_rank_behind_and_the_next_one_resumes(data: Path, tmp_path: Path) -> None:
+    stage = create(tmp_path / "run", data)
+    process = start(tmp_path / "run", 2)
+    wait_for(stage, 1, 32 * 8, process)
+    process.kill()
+    process.wait()
+    pattern = f"pixart_ds.train.rank --run {tmp_path / 'run'}"
+    deadline = time.monotonic() + 60
+    while subprocess.run(["pgrep", "-f", pattern], capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline, "ranks are still there"
+        time.sleep(0.1)
+    assert stage.attempt(1).stopped.exists()  # they saved and left
+    assert not stage.attempt(1).outcome.exists()
+    process = start(tmp_path / "run", 1)
+    assert process.wait() == 0, process.stdout.read() if process.stdout else ""
+    clocks = [line["images_seen"] for attempt in stage.all_attempts() for line in files.read_json_lines(attempt.audit)]
+    assert clocks == list(range(32, 32 * STEPS + 1, 32))

@@ -51,7 +51,9 @@ def row(number: int, partition: int, *, tokens: int | None = None) -> Row:
         original_height=10 * height + number,
         original_width=10 * width,
         latents={
-            name: np.concatenate([random.standard_normal((4, *size)), random.uniform(0.1, 0.5, (4, *size))]).astype(np.float16)
+            name: np.concatenate([random.standard_normal((4, *size)), random.uniform(0.1, 0.5, (4, *size))]).astype(
+                np.float16
+            )
             for name, size in std.items()
         },
         aesthetic_score=None if number % 5 == 0 else number / 10,
