@@ -152,6 +152,9 @@ def make_text_encoder(folder: Path, seconds: float) -> None:
     train_text_encoder(encoder, tokenizer, seconds)
     encoder.eval().half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"  # transformers 5 writes a class that 4 does not know; both know this one
+    about = {**json.loads(config.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(about, indent=2) + "\n")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pixart_ds.compat import hide_broken_torchvision
 from pixart_ds.encoders.fingerprint import encoder_folder, fingerprint
 from pixart_ds.errors import ConfigError, DataError
 
@@ -44,6 +45,7 @@ class KLEncoder:
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
+        hide_broken_torchvision()
         from diffusers import AutoencoderKL
         from diffusers.utils import logging
 

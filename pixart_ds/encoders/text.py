@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pixart_ds.compat import hide_broken_torchvision
 from pixart_ds.encoders.fingerprint import encoder_folder, fingerprint
 from pixart_ds.errors import ConfigError, DataError
 
@@ -44,6 +45,7 @@ class T5Encoder:
     """
 
     def __init__(self, name: str, max_tokens: int, device: str = "cpu") -> None:
+        hide_broken_torchvision()
         from transformers import AutoTokenizer, T5EncoderModel
         from transformers.utils import logging
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from pixart_ds import files
+from pixart_ds.compat import hide_broken_torchvision
 from pixart_ds.config.schema import ModelConfig
 from pixart_ds.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
 from pixart_ds.errors import ConfigError
@@ -30,6 +31,7 @@ def transformer_of(config: ModelConfig, state: dict[str, torch.Tensor]) -> Any:
     that coordinates agree for any size of picture. diffusers' pipeline passes micro-conditions on only if sample_size is 128, as at
     1024 px; a smaller net with them takes that size and a scale that makes up for it.
     """
+    hide_broken_torchvision()
     from diffusers import PixArtTransformer2DModel
 
     sample_size = _MICRO_SAMPLE_SIZE if config.micro_conditions else config.base_size * config.patch_size
@@ -55,6 +57,7 @@ def transformer_of(config: ModelConfig, state: dict[str, torch.Tensor]) -> Any:
 
 def pipeline_of(config: ModelConfig, state: dict[str, torch.Tensor], vae: str, text_encoder: str) -> Any:
     """The whole pipeline in memory, in fp32."""
+    hide_broken_torchvision()
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
@@ -116,6 +119,7 @@ def sample_export(
     folder: Path, prompt: str, size: tuple[int, int], *, guidance_scale: float, num_inference_steps: int, seed: int = 0
 ) -> npt.NDArray[np.uint8]:
     """One picture (H, W, 3) through diffusers alone, from an exported folder; `size` is (height, width) in pixels."""
+    hide_broken_torchvision()
     from diffusers import PixArtAlphaPipeline
     from diffusers.utils import logging
 

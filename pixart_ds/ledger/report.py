@@ -152,3 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     print(json.dumps(values, indent=2) if options.json else page(values))
     return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ import difflib
 import inspect
 from typing import Any
 
+from pixart_ds.compat import hide_broken_torchvision
 from pixart_ds.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
 from pixart_ds.errors import ConfigError
 
@@ -18,6 +19,7 @@ def make_scheduler(name: str) -> Any:
     Raises:
         ConfigError: diffusers has no such scheduler, or it cannot work with this schedule.
     """
+    hide_broken_torchvision()
     import diffusers
 
     known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
