@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ import torch
 from pixart_ds import files
 from pixart_ds.config import deepspeed as deepspeed_config
 from pixart_ds.config.load import fingerprint, identity
-from pixart_ds.config.schema import StageConfig
+from pixart_ds.config.schema import Duration, StageConfig
 from pixart_ds.data.loader import Loader, MicroBatch
 from pixart_ds.diffusion.loss import diffusion_loss, noisy
-from pixart_ds.engine.agree import Votes, agree
+from pixart_ds.engine.agree import Agreement, Votes, agree
 from pixart_ds.engine.checkpoint import Shelf
-from pixart_ds.engine.deepspeed import Engine
+from pixart_ds.engine.deepspeed import Engine, StepResult
 from pixart_ds.engine.handover import write_handover
 from pixart_ds.engine.world import World
 from pixart_ds.errors import CheckpointError, PixArtError
@@ -33,13 +32,6 @@ _MOST_SKIPS = 100
 """fp16's loss scale falls from 2¹⁶ to 1 in 16 skips; nothing healthy takes more than a few dozen in a row."""
 
 
-class Ending(Enum):
-    """How a rank leaves the loop."""
-
-    DONE = "done"
-    STOPPED = "stopped"
-
-
 @dataclass(frozen=True)
 class Job:
     """What one rank is to run: a stage of a run, in one launch of one attempt."""
@@ -50,93 +42,119 @@ class Job:
     launch: int
 
 
-def fit(job: Job, world: World, stop: StopFlag, log: Log) -> Ending:
+def fit(job: Job, world: World, stop: StopFlag, log: Log) -> None:
     """Trains the stage to its end, or until all ranks agree to stop; resumes from the newest committed checkpoint.
 
     Raises:
         DataError, CheckpointError, MachineError: With what, where, and what to do.
     """
-    stage, layout = job.stage, job.run.stage(job.stage.name)
-    sets = open_sets(stage)
-    order = order_of(stage, sets)
-    net = net_of(stage)
-    start = (
-        None
-        if (found := Shelf.newest_of(layout, job.attempt.number, job.launch, world))
-        else initial_weights(job.run, stage, net, sets)
-    )
-    config = deepspeed_config.merge(stage, files.read_json(layout.deepspeed))
-    engine = Engine.build(net, stage, world, config)
-    shelf = Shelf(layout, job.attempt.number, job.launch, engine, world, keep=stage.checkpoint.keep)
-    origin = {"order": order.fingerprint, "stage": fingerprint(identity(stage))}
-    if start is None:
-        saved = shelf.resume(found)
-        assert saved is not None
-        _same_order(saved, origin, shelf)
-        state, lineage = TrainState.from_json(saved["state"]), saved["lineage"]
-        log.event(f"resumed at {si(state.images_seen)} images from {found}")
-    else:
-        engine.initialise(start.state)
-        state, lineage = TrainState(), start.lineage
-        log.event(f"starts from {_origin(lineage)}")
-    shelf.write_start(state.to_json())
+    training = _Training(job, world, log)
+    stage, state, engine = job.stage, training.state, training.engine
     batch = stage.global_batch_size
-    every = stage.checkpoint.every.in_images(batch)
-    milestone = stage.checkpoint.milestone_every.in_images(batch) if stage.checkpoint.milestone_every else None
-
     with (
-        Loader(
-            sets,
-            order,
-            latents=stage.data.latents,
-            stage=stage.name,
-            seed=stage.seed,
-            condition_dropout=stage.model.condition_dropout,
-            micro_batch_size=stage.execution.micro_batch_size,
-            global_batch_size=batch,
-            rank=world.rank,
-            world_size=world.size,
-            device=str(world.device),
-        ) as loader,
+        training.loader() as loader,
         Meter(job.attempt, stage, log, active=world.rank == 0, world_size=world.size) as meter,
     ):
-
-        def save(*, kept: bool = False) -> None:
-            meter.sync_audit()
-            began = time.monotonic()
-            shelf.save(state.images_seen, {"state": state.to_json(), "lineage": lineage, **origin}, milestone=kept)
-            log.event(f"saved at {si(state.images_seen)} images in {time.monotonic() - began:.1f} s")
-            meter.restart_clock()
-
         for images_seen in loader.steps(state.images_seen, stage.total_images):
-            run = _Step()
-            for micro_batch in run.waiting(loader.micro_batches(images_seen)):
-                engine.backward(run.loss(engine, micro_batch) / batch)
+            step = _Step()
+            for micro_batch in step.waiting(loader.micro_batches(images_seen)):
+                engine.backward(step.loss(engine, micro_batch) / batch)  # each sample weighs 1/N
             result = engine.step()
             _refuse_endless_skipping(result.consecutive_skips, images_seen)
             state.advance(batch, result.applied)
-            votes = Votes(stop=stop.requested, digest=run.digest, samples=run.samples, sums=run.sums())
-            agreed = agree(world, votes)
-            means = {name: total / agreed.samples for name, total in agreed.sums.items()}
-            row = {**means, **result.figures(), "data_wait_s": round(run.waited, 5)}
-            meter.record(state, row, samples=agreed.samples, digest=agreed.digest)
-            due = passed(every, images_seen, state.images_seen)
-            kept = milestone is not None and passed(milestone, images_seen, state.images_seen)
+            agreed = agree(world, step.votes(stop.requested))
+            meter.record(state, step.row(agreed, result), samples=agreed.samples, digest=agreed.digest)
             last = state.images_seen >= stage.total_images
-            if due or kept or last or agreed.stop:
-                save(kept=kept or last)
+            if training.due(images_seen) or last or agreed.stop:
+                training.save(meter, milestone=last or training.milestone_due(images_seen))
             if agreed.stop and not last:
-                if world.rank == 0:
-                    files.write_json(job.attempt.stopped, {"images_seen": state.images_seen, "reason": stop.reason})
-                log.event(f"stopped on request ({stop.reason or 'another rank was asked'})")
-                return Ending.STOPPED
-    write_handover(
-        engine, layout.handover, {"stage": stage.name, "images_seen": state.images_seen, **origin, "lineage": lineage}
-    )
-    if world.rank == 0:
-        files.write_json(layout.done, {**state.to_json(), "attempt": job.attempt.number, "loss": meter.smooth_loss})
-    log.event("done; weights and EMA are handed over")
-    return Ending.DONE
+                training.leave(stop.reason)
+                return
+        training.hand_over(meter.smooth_loss)
+
+
+class _Training:
+    """A stage under way on this rank: engine, shelf and clock, and what is written around the steps."""
+
+    def __init__(self, job: Job, world: World, log: Log) -> None:
+        stage, layout = job.stage, job.run.stage(job.stage.name)
+        self.job, self.stage, self.layout, self.world, self.log = job, stage, layout, world, log
+        self.sets = open_sets(stage)
+        self.order = order_of(stage, self.sets)
+        net = net_of(stage)
+        found = Shelf.newest_of(layout, job.attempt.number, job.launch, world)
+        start = None if found else initial_weights(job.run, stage, net, self.sets)
+        self.engine = Engine.build(net, stage, world, deepspeed_config.merge(stage, files.read_json(layout.deepspeed)))
+        self.shelf = Shelf(layout, job.attempt.number, job.launch, self.engine, world, keep=stage.checkpoint.keep)
+        self.origin = {"order": self.order.fingerprint, "stage": fingerprint(identity(stage))}
+        if start is None:
+            saved = self.shelf.resume(found)
+            assert saved is not None
+            _same_order(saved, self.origin, self.shelf)
+            self.state, self.lineage = TrainState.from_json(saved["state"]), saved["lineage"]
+            log.event(f"resumed at {si(self.state.images_seen)} images from {found}")
+        else:
+            self.engine.initialise(start.state)
+            self.state, self.lineage = TrainState(), start.lineage
+            log.event(f"starts from {_origin(self.lineage)}")
+        self.shelf.write_start(self.state.to_json())
+
+    def loader(self) -> Loader:
+        """This rank's loader, reading ahead."""
+        return Loader(
+            self.sets,
+            self.order,
+            latents=self.stage.data.latents,
+            stage=self.stage.name,
+            seed=self.stage.seed,
+            condition_dropout=self.stage.model.condition_dropout,
+            micro_batch_size=self.stage.execution.micro_batch_size,
+            global_batch_size=self.stage.global_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            device=self.world.device,
+        )
+
+    def due(self, images_before: int) -> bool:
+        """Whether a checkpoint falls into the step that began at `images_before`."""
+        return self._passed(self.stage.checkpoint.every, images_before) or self.milestone_due(images_before)
+
+    def milestone_due(self, images_before: int) -> bool:
+        """Whether that checkpoint is one that is kept."""
+        interval = self.stage.checkpoint.milestone_every
+        return interval is not None and self._passed(interval, images_before)
+
+    def _passed(self, interval: Duration, images_before: int) -> bool:
+        return passed(interval.in_images(self.stage.global_batch_size), images_before, self.state.images_seen)
+
+    def save(self, meter: Meter, *, milestone: bool) -> None:
+        """Commits a checkpoint; the audit's lines are durable before it."""
+        meter.sync_audit()
+        began = time.monotonic()
+        content = {"state": self.state.to_json(), "lineage": self.lineage, **self.origin}
+        self.shelf.save(self.state.images_seen, content, milestone=milestone)
+        self.log.event(f"saved at {si(self.state.images_seen)} images in {time.monotonic() - began:.1f} s")
+        meter.restart_clock()
+
+    def leave(self, reason: str | None) -> None:
+        """Tells the supervisor that all is saved; called after the commit."""
+        if self.world.rank == 0:
+            files.write_json(self.job.attempt.stopped, {"images_seen": self.state.images_seen, "reason": reason})
+        self.log.event(f"stopped on request ({reason or 'another rank was asked'})")
+
+    def hand_over(self, loss: float | None) -> None:
+        """Gives weights, EMA and lineage to the next stage, and marks this one done."""
+        about = {
+            "stage": self.stage.name,
+            "images_seen": self.state.images_seen,
+            **self.origin,
+            "lineage": self.lineage,
+        }
+        write_handover(self.engine, self.layout.handover, about)
+        if self.world.rank == 0:
+            done = {**self.state.to_json(), "attempt": self.job.attempt.number, "loss": loss}
+            files.write_json(self.layout.done, done)
+        self.log.event("done; weights and EMA are handed over")
 
 
 class _Step:
@@ -171,9 +189,16 @@ class _Step:
         self.digest = (self.digest + batch.digest) % 2**64
         return losses.total.sum()
 
-    def sums(self) -> dict[str, float]:
+    def votes(self, stop: bool) -> Votes:
+        """What this rank says after the step; fetches its sums from the device."""
         values = [0.0, 0.0, 0.0] if self._sums is None else self._sums.tolist()
-        return dict(zip(("loss", "mse", "vlb"), values, strict=True))
+        sums = dict(zip(("loss", "mse", "vlb"), values, strict=True))
+        return Votes(stop=stop, digest=self.digest, samples=self.samples, sums=sums)
+
+    def row(self, agreed: Agreement, result: StepResult) -> dict[str, Any]:
+        """The step's figures by name: means over all ranks' samples, and this rank's wait for data."""
+        means = {name: total / agreed.samples for name, total in agreed.sums.items()}
+        return {**means, **result.figures(), "data_wait_s": round(self.waited, 5)}
 
 
 def _same_order(saved: dict[str, Any], origin: dict[str, str], shelf: Shelf) -> None:
