@@ -184,7 +184,7 @@ class Demo:
                 self.log.event(f"   SIGTERM to {stage.name} at {row['images_seen']} of {stage.total_images} images")
                 supervised.process.send_signal(signal.SIGTERM)
                 break
-            time.sleep(0.1)
+            time.sleep(0.02)
         supervised.check(EXIT_STOPPED)
 
     def _sample(self, run: RunLayout, stage: StageConfig) -> Sheet:

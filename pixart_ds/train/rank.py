@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         fit(Job(run, stage, layout.attempt(options.attempt), options.launch), world, stop, log)
         leave_world()
+        _leave(EXIT_DONE)
     except PixArtError as error:
         print(error, file=sys.stderr, flush=True)
         _leave(error.exit_code)
@@ -60,7 +61,9 @@ def _stop_with_parent() -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends at once: peers may be waiting in a collective, and an orderly exit would wait with them."""
+    """Ends at once, everything being written: after an error, peers may be waiting in a collective, and an orderly exit would wait
+    with them; after success, the process group's threads now and then abort an interpreter that takes itself down.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -124,6 +124,8 @@ def _main() -> None:
     value = function(world, *json.loads(args))
     Path(result).write_text(json.dumps(value))
     leave_world()
+    sys.stdout.flush()
+    os._exit(0)  # as the real rank ends, and for its reason
 
 
 if __name__ == "__main__":
