@@ -170,7 +170,7 @@ class _Watch:
 def _outcome(layout: StageLayout, attempt: AttemptLayout, ranks: Ranks, requests: list[str]) -> dict[str, Any]:
     """Reads from the ranks' markers and exit codes how the attempt ended."""
     failure = ranks.failed()
-    if failure is None and layout.done.exists():
+    if layout.done.exists():  # written last of all: what a rank does afterwards takes nothing back
         return {"outcome": "done", "cause": None, "exit_code": EXIT_DONE}
     if attempt.stopped.exists():
         reason = requests[0] if requests else files.read_json(attempt.stopped)["reason"]

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from pixart_ds.config.freeze import open_run, read_stage, with_execution
 from pixart_ds.config.schema import ExecutionConfig
@@ -19,8 +20,8 @@ from pixart_ds.train.stop import StopFlag
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one rank of one launch; the exit code tells its supervisor what kind of error ended it, if any."""
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Runs one rank of one launch and ends the process; its exit code says what kind of error ended it, if any."""
     stop = StopFlag().install()  # before torch is imported: a signal meanwhile must not kill the rank
     _stop_with_parent()
     options = _parser().parse_args(argv)
@@ -50,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         _leave(EXIT_BUG)
-    return EXIT_DONE
 
 
 def _stop_with_parent() -> None:
@@ -60,7 +60,7 @@ def _stop_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """Ends at once, everything being written: after an error, peers may be waiting in a collective, and an orderly exit would wait
     with them; after success, the process group's threads now and then abort an interpreter that takes itself down.
     """
@@ -86,4 +86,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
