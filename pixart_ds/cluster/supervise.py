@@ -104,6 +104,7 @@ def supervise(
     _refuse_others(layout)
     if layout.stop_request.exists():
         raise ConfigError("a stop file asks this stage to stop", where=layout.stop_request, remedy="remove it to go on")
+    images_before = _images_seen(layout)
     _, folder = files.make_numbered(layout.attempts)
     attempt = AttemptLayout(folder)
     requests = _Requests()
@@ -112,7 +113,6 @@ def supervise(
         _beat(attempt)
         ranks = launcher.start(LaunchRequest(run, stage, attempt, 1, device), output)
         files.write_json(attempt.env, environment(ranks.world_size, device))
-        images_before = _images_seen(layout)
         entry = open_entry(
             attempt, Entry.start(stage, attempt.number, 1, device, ranks.world_size, began, images_before)
         )
