@@ -1,10 +1,10 @@
 # make demo: everything in small. make test: all tests. Both set up .venv first; `make help` lists the rest.
 
 PYTHON ?= python3
-# V100 users: TORCH=2.10.0, the last release on PyPI whose wheels hold kernels for them (sm_70).
-TORCH ?= 2.13.0
-# Where torch's CPU build comes from on a machine without an NVIDIA GPU, if it can be reached.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# The release of torch. V100 users: TORCH=2.10.0, the last on PyPI whose wheels hold kernels for them (sm_70).
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements-cuda.txt)
+# Where torch comes from, if not from PyPI (with an NVIDIA GPU) or PyTorch's CPU index (without one, if it can be reached).
+TORCH_INDEX ?=
 SIZE ?= full
 DEVICE ?= cpu
 IMAGES ?=
@@ -25,22 +25,28 @@ unexport PYTHONPATH
 help:
 	@echo "make demo [SIZE=smoke|full] [IMAGES=folder] [DEVICE=cpu|cuda] [OUT=folder]   the main job in small"
 	@echo "make test [MARKS=\"unit distributed store e2e slurm gpu\"]                      the tests"
-	@echo "make lint | format | setup | clean"
+	@echo "make setup [PYTHON=python3] [TORCH=$(TORCH)] [TORCH_INDEX=url]               .venv alone (V100: TORCH=2.10.0)"
+	@echo "make lint | format | clean                                                  clean keeps what the demo and runs wrote"
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml Makefile tools/install.sh
+$(STAMP): requirements.txt requirements-cuda.txt pyproject.toml tools/install.sh
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" bash tools/install.sh .venv
 	@touch $@
 
 demo: $(STAMP)
 	@$(BIN)/pixart-ds demo --size "$(SIZE)" --device "$(DEVICE)" $(if $(IMAGES),--images "$(IMAGES)") $(if $(OUT),--out "$(OUT)")
 
+# One line and its time for a check that passes, what it found for one that fails.
+define check
+@found=$$($(BIN)/$(1) 2>&1) || { echo "$$found"; exit 1; }; echo "── $(1): $$SECONDS s"
+endef
+
 lint: $(STAMP)
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	$(call check,ruff check .)
+	$(call check,ruff format --check .)
+	$(call check,mypy)
+	$(call check,lint-imports)
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -1,12 +1,17 @@
-"""The wheel holds what the package reads."""
+"""The wheel holds what the package reads, and the pinned lists hold what it needs."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import pixart_ds
 
@@ -38,3 +43,36 @@ def test_wheel_holds_recipes_rates_encoders_and_deepspeed_files(tmp_path: Path) 
 def test_version_is_in_the_changelog_or_unreleased() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{pixart_ds.__version__}]" in text or "## [Unreleased]" in text
+
+
+def pinned(name: str) -> dict[str, list[str]]:
+    """The releases that a list pins, by distribution; several where markers choose between them."""
+    versions: dict[str, list[str]] = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        (pin,) = requirement.specifier
+        assert pin.operator == "==", line
+        assert "*" not in pin.version, line
+        versions.setdefault(canonicalize_name(requirement.name), []).append(pin.version)
+    return versions
+
+
+def test_pinned_lists_hold_everything_in_the_ranges_of_pyproject() -> None:
+    everywhere, cuda = pinned("requirements.txt"), pinned("requirements-cuda.txt")
+    assert not everywhere.keys() & cuda.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lifted = {"numpy", "transformers"}  # their upper ends are mosaicml-streaming's wish, which the list does not obey
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(text)
+        versions = (everywhere | cuda)[canonicalize_name(wanted.name)]
+        for version in versions:
+            assert wanted.name in lifted or version in wanted.specifier, f"{text} does not admit the pinned {version}"
+
+
+def test_only_the_cuda_list_costs_gigabytes() -> None:
+    large = re.compile(r"^(torch$|triton|nvidia-|cuda-)")
+    assert not [name for name in pinned("requirements.txt") if large.match(name)]
+    assert [name for name in pinned("requirements-cuda.txt") if not large.match(name)] == []
+    assert len(pinned("requirements-cuda.txt")["torch"]) == 1
