@@ -61,6 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     _sets(verb)
     _json(verb)
 
+    verb = _add(verbs, "estimate", _estimate, "what a stage or a chain will need and cost on given GPUs; a projection")
+    verb.add_argument("recipe", help="path or name of a stage's or a chain's recipe: stage2, chain, …")
+    _sets(verb)
+    verb.add_argument("--gpu", help="v100-16gb, v100-32gb (default), a100-40gb, a100-80gb, h100 or h200")
+    verb.add_argument("--nodes", type=_positive, help="default: as many GPUs as the paper had for the stage")
+    verb.add_argument("--gpus-per-node", type=_positive, help="default 8")
+    verb.add_argument("--country", help="whose electricity: ISO code of three letters, or WORLD")
+    verb.add_argument("--pue", type=float, help="power usage effectiveness of the site")
+    verb.add_argument("--price", type=float, dest="price_per_hour", help="dollars for a GPU-hour")
+    _json(verb)
+
     verb = _add(verbs, "prepare", _prepare, "pictures and captions to a prepared set of latents and caption features")
     verb.add_argument("recipe", help="path or name of a prepare recipe")
     _sets(verb)
@@ -97,30 +108,62 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", type=Path)
     _json(verb)
 
-    verb = _add(verbs, "sample", _sample, "pictures from a stage's handover")
-    verb.add_argument("run", type=Path)
-    verb.add_argument("--stage", help="stage (default: the last that is done)")
+    verb = _add(verbs, "sample", _sample, "pictures from a run, a checkpoint, a handover or an exported folder")
+    _weights_source(verb)
     verb.add_argument("--prompt", action="append", default=[], help="may be repeated; default: the set's held prompts")
-    verb.add_argument("--size", help="HxW in pixels (default: the stage's square)")
-    verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    shape = verb.add_mutually_exclusive_group()
+    shape.add_argument("--size", help="HxW in pixels (default: the stage's square)")
+    shape.add_argument("--ratio", type=float, help="height / width: the size of the nearest of the paper's buckets")
     verb.add_argument("--guidance-scale", type=float)
     verb.add_argument("--steps", type=_positive, help="denoising steps")
+    verb.add_argument("--scheduler", help="class name of a diffusers scheduler (default: the recipe's, DPM-Solver++)")
+    verb.add_argument(
+        "--null-caption",
+        choices=("encoder", "weights"),
+        help="what guidance leads away from: the encoder's empty caption, or the weights' stored one",
+    )
     verb.add_argument("--seed", type=int)
     verb.add_argument("--vae", help="folder of the AutoencoderKL (default: the one that prepared the set)")
     verb.add_argument("--text-encoder", help="folder of the T5 encoder (default: the one that prepared the set)")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     verb.add_argument("--out", type=Path, required=True, help="PNG of the grid")
     _json(verb)
 
-    verb = _add(verbs, "export", _export, "a stage's weights as a diffusers PixArtAlphaPipeline folder")
-    verb.add_argument("run", type=Path)
-    verb.add_argument("--stage", help="stage (default: the last that is done)")
-    verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    verb = _add(
+        verbs, "export", _export, "weights as a diffusers PixArtAlphaPipeline folder, or under the official names"
+    )
+    _weights_source(verb)
+    verb.add_argument(
+        "--format", choices=("diffusers", "official"), default="diffusers", help="official: one .safetensors or .pth"
+    )
     verb.add_argument("--vae", help="folder of the AutoencoderKL (default: the one that prepared the set)")
     verb.add_argument("--text-encoder", help="folder of the T5 encoder (default: the one that prepared the set)")
-    verb.add_argument("--out", type=Path, help="folder (default: RUN/export)")
+    verb.add_argument("--out", type=Path, help="folder or file (default for a run: RUN/export)")
+    _dry_run(verb)
+    _json(verb)
+
+    verb = _add(
+        verbs, "import", _import, "weights from elsewhere as a handover: PixArt or DiT files, diffusers folders"
+    )
+    verb.add_argument("source", type=Path, help=".pth, .pt, .safetensors, or a diffusers folder")
+    verb.add_argument("--out", type=Path, required=True, help="folder of the handover")
+    verb.add_argument(
+        "--image-size",
+        type=int,
+        choices=(256, 512, 1024),
+        help="pixels they were trained for, where they do not say it",
+    )
+    verb.add_argument("--licence", help="of these weights; recorded with all that is trained from them")
+    _sets(verb, "MODEL_KEY=VALUE")
     _dry_run(verb)
     _json(verb)
     return parser
+
+
+def _weights_source(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("source", type=Path, help="folder of a run, a checkpoint, a handover, or an export")
+    verb.add_argument("--stage", help="stage of the run (default: the last that has weights)")
+    verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
 
 
 def _add(verbs: Any, name: str, handler: Any, text: str) -> argparse.ArgumentParser:
@@ -179,6 +222,16 @@ def _config(options: argparse.Namespace) -> int:
         _print_json(config.model_dump(mode="json"))
     else:
         print(dump_yaml(config), end="")
+    return EXIT_DONE
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from pixart_ds.plan.estimate import Machines, estimate
+    from pixart_ds.plan.estimate_report import report
+
+    names = ("gpu", "nodes", "gpus_per_node", "country", "pue", "price_per_hour")
+    values = estimate(options.recipe, options.sets, Machines(**{name: getattr(options, name) for name in names}))
+    _print_json(values) if options.json else print(report(values))
     return EXIT_DONE
 
 
@@ -269,22 +322,38 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from pixart_ds.evaluate.command import sample_run
+    from pixart_ds.evaluate.command import sample_weights
 
-    answer = sample_run(options)
+    answer = sample_weights(options)
     _print_json(answer) if options.json else print(
-        f"{answer['pictures']} pictures of {answer['stage']}: {answer['out']}"
+        f"{answer['pictures']} pictures of {answer['stage'] or answer['source']}: {answer['out']}"
     )
     return EXIT_DONE
 
 
 def _export(options: argparse.Namespace) -> int:
-    from pixart_ds.export.command import export_run
+    from pixart_ds.export.command import export_weights
 
-    answer = export_run(options)
+    answer = export_weights(options)
     if options.json:
         _print_json(answer)
     else:
         did = "would write" if options.dry_run else "wrote"
-        print(f"{did} the {answer['weights']} weights of {answer['stage']} to {answer['out']}")
+        print(f"{did} the {answer['weights']} weights of {answer['stage'] or answer['source']} to {answer['out']}")
+        for licence in answer["licences"]:
+            print(f"licence of weights that they come from: {licence}")
+    return EXIT_DONE
+
+
+def _import(options: argparse.Namespace) -> int:
+    from pixart_ds.export.command import import_weights
+
+    answer = import_weights(options)
+    if options.json:
+        _print_json(answer)
+    else:
+        did = "would write" if options.dry_run else "wrote"
+        kinds = " and ".join(answer["weights"])
+        print(f"{did} {answer['out']}: {kinds} weights of a {answer['model']['kind']} ({answer['layout']})")
+        print(f"licence: {answer['licence']}")
     return EXIT_DONE

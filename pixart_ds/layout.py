@@ -6,9 +6,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixart_ds import files
-from pixart_ds.errors import CheckpointError
-
 _CHECKPOINT = re.compile(r"img-(\d{12})-a(\d{4})-l(\d{2})")
 
 
@@ -193,16 +190,3 @@ class HandoverLayout:
     def lineage(self) -> Path:
         """Written last: a handover without it is not there."""
         return self.root / "lineage.json"
-
-
-def last_done(run: RunLayout) -> str:
-    """The last stage of a run that has handed over.
-
-    Raises:
-        CheckpointError: None has.
-    """
-    stages = files.read_json(run.manifest, error=CheckpointError)["stages"]
-    done = [name for name in stages if HandoverLayout(run.stage(name).handover).lineage.exists()]
-    if not done:
-        raise CheckpointError("no stage of the run is done", where=run.root, remedy="train one first, or name a stage")
-    return str(done[-1])

@@ -23,6 +23,16 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
+_ALTERNATIVES = {
+    "steps": "images",
+    "images": "steps",
+    "stage": "path",
+    "path": "stage",
+    "square": "sizes",
+    "sizes": "square",
+}
+"""Keys of which a section takes only one: naming one drops the other of the layer below."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads 1e-4 as a number (YAML 1.1 takes it for text)."""
@@ -90,25 +100,17 @@ def read_layers(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid over `under`, key by key through nested mappings; lists and values are replaced whole.
 
-    A mapping that names a different alternative of a one-of section (steps / images, square / sizes) replaces it.
+    A key that is one of two alternatives (steps / images) takes the other one's place.
     """
     result = copy.deepcopy(dict(under))
+    for key in over:
+        result.pop(_ALTERNATIVES.get(key, ""), None)
     for key, value in over.items():
-        if (
-            isinstance(value, Mapping)
-            and isinstance(result.get(key), Mapping)
-            and not _alternatives(result[key], value)
-        ):
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
             result[key] = merge(result[key], value)
         else:
             result[key] = copy.deepcopy(value)
     return result
-
-
-def _alternatives(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return any(
-        len({*one, *other} & set(pair)) == 2 and len(set(one) & set(pair)) == 1 for pair in (("steps", "images"),)
-    )
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -121,12 +123,9 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
                 f"the override {text!r} is not key.path=value", remedy="write for example length.steps=100"
             )
         *parents, last = path.split(".")
-        if last in ("steps", "images"):
-            other = "images" if last == "steps" else "steps"
-            holder = _descend(values, parents, text)
-            if isinstance(holder, dict):
-                holder.pop(other, None)
         holder = _descend(values, parents, text)
+        if isinstance(holder, dict):
+            holder.pop(_ALTERNATIVES.get(last, ""), None)
         value = parse_yaml(raw, f"override {text!r}")
         if isinstance(holder, list):
             if not last.isdigit() or int(last) >= len(holder):

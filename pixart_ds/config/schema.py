@@ -13,6 +13,8 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Size = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
+AttentionBackend = Literal["auto", "memory_efficient", "flash", "math"]
+
 
 class Section(BaseModel):
     """A closed and frozen part of a recipe: unknown keys, wrong types and later changes are errors."""
@@ -111,19 +113,27 @@ class InitConfig(Section):
     source: Literal["scratch", "handover", "reparameterise"] = "scratch"
     """handover: same kind of net as the stage before; reparameterise: DiT to PixArt (paper §2.3); scratch: random."""
     stage: Name | None = None
-    """The stage that hands over; needed unless the source is scratch."""
+    """The stage of this chain that hands over; it or path is needed unless the source is scratch."""
+    path: str | None = None
+    """A folder that `pixart-ds import` made, or a handover of another run, instead of a stage of this chain."""
     weights: Literal["raw", "ema"] | None = None
     """raw, as the released code does, or the EMA of the stage before; needed unless the source is scratch."""
     reparameterise_at: Annotated[int, Field(ge=0, le=999)] = 500
     """The timestep at which DiT and PixArt agree after re-parameterisation (paper §2.3: t = 500)."""
+    shared_modulation: Literal["first", "mean"] | Annotated[int, Field(ge=0)] = "first"
+    """Which function of the timestep all PixArt blocks share after re-parameterisation: that of DiT's first block (the paper's
+    "only at the first block"), the mean over its blocks, or that of the block with this number."""
 
     @model_validator(mode="after")
     def _origin(self) -> Self:
-        given = (self.stage is not None, self.weights is not None)
-        if self.source == "scratch" and any(given):
-            raise ValueError("source scratch takes neither stage nor weights; remove them or name another source")
-        if self.source != "scratch" and not all(given):
-            raise ValueError(f"source {self.source} needs stage (which one hands over) and weights (raw or ema)")
+        origins = [key for key in ("stage", "path") if getattr(self, key) is not None]
+        if self.source == "scratch" and (origins or self.weights is not None):
+            raise ValueError("source scratch takes no stage, path or weights; remove them or name another source")
+        if self.source != "scratch" and (len(origins) != 1 or self.weights is None):
+            raise ValueError(
+                f"source {self.source} needs weights (raw or ema) and either stage (of this chain) or path (a handover's folder), "
+                f"not {' and '.join(origins) or 'none of the two'}"
+            )
         return self
 
 
@@ -196,6 +206,11 @@ class ExecutionConfig(Section):
     """Most samples of one bucket that a rank runs at once."""
     checkpointed_blocks: Literal["all", "none"] | Annotated[int, Field(ge=0)] = "all"
     """Blocks whose activations are recomputed in backward: all, none, or the first k."""
+    attention_backend: AttentionBackend = "auto"
+    """The kernel that attention must use; it is an error if it cannot. On V100s only memory_efficient is fast: flash has no kernels
+    for them, and math, to which torch may turn silently, needs memory for every pair of tokens. auto leaves it to torch."""
+    packed_text: bool = False
+    """Cross-attention over each caption's real tokens end to end, instead of padded captions under a mask."""
     deepspeed: str = "zero2_fp16"
     """Name of a file in ds_configs/ (without .json) or a path."""
 
@@ -218,6 +233,9 @@ class PreviewConfig(Section):
     num_inference_steps: PositiveInt = 20
     scheduler: str = "DPMSolverMultistepScheduler"
     """Class name of a diffusers scheduler."""
+    null_caption: Literal["encoder", "weights"] = "encoder"
+    """What guidance leads away from: the text encoder's empty caption under its own mask, as in diffusers, or the weights' stored
+    null caption under the prompt's mask, as in training and in the released code."""
     seed: Annotated[int, Field(ge=0)] = 0
     count: PositiveInt = 24
     """Prompts in the grid."""
@@ -234,6 +252,8 @@ class StageConfig(Section):
     length: Duration
     global_batch_size: PositiveInt
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    min_snr_gamma: PositiveFloat | None = None
+    """Weighs the ε-MSE of a timestep by min(SNR, γ) / SNR (Hang et al. 2023); without it, as in the paper, all weigh the same."""
     model: ModelConfig
     init: InitConfig
     data: DataConfig
@@ -252,6 +272,15 @@ class StageConfig(Section):
         problems = []
         if self.init.source == "reparameterise" and self.model.kind != "pixart":
             problems.append("init.source reparameterise makes a PixArt net, but model.kind is dit")
+        shared = self.init.shared_modulation
+        if isinstance(shared, int) and shared >= self.model.depth:
+            problems.append(
+                f"init.shared_modulation {shared} is no block of {self.model.depth}; use 0 to {self.model.depth - 1}"
+            )
+        if self.fp32_attention and self.execution.attention_backend == "flash":
+            problems.append(
+                "execution.attention_backend flash has no fp32 kernel for model.fp32_attention; use memory_efficient or auto"
+            )
         if self.init.stage == self.name:
             problems.append(f"init.stage is the stage itself ({self.name!r}); name the one before")
         if self.optimizer.warmup_steps > self.total_steps:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from pixart_ds import files
-from pixart_ds.config.schema import SetConfig
+from pixart_ds.config.schema import SetConfig, StageConfig
 from pixart_ds.data.mds import ShardSet
 from pixart_ds.errors import DataError
 from pixart_ds.plan.order import SetRows
@@ -419,3 +419,10 @@ class PreparedSet:
         """The held prompts with their features (L, D)."""
         texts = files.read_json(self.path / "prompts.json")
         return [(text, self._conditions[f"prompt.{number}"]) for number, text in enumerate(texts)]
+
+
+def first_set(stage: StageConfig | None) -> PreparedSet | None:
+    """The first set of a stage, which names its encoders and holds its prompts, if it is still there."""
+    if stage is None or not Path(stage.data.sets[0].path).is_dir():
+        return None
+    return PreparedSet.open(Path(stage.data.sets[0].path))

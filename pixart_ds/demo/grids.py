@@ -15,6 +15,7 @@ from pixart_ds.data.shards import PreparedSet
 from pixart_ds.demo import judge
 from pixart_ds.demo.pictures import Scene
 from pixart_ds.encoders.latents import KLEncoder
+from pixart_ds.engine.weights import open_weights
 from pixart_ds.evaluate.generate import Wish, generate, load_net
 from pixart_ds.evaluate.grid import save_grid
 from pixart_ds.export.diffusers import sample_export
@@ -46,13 +47,14 @@ def draw_sheet(
     wishes, captions = _wishes(stage, prepared, vae.downsampling_factor)
     previews = stage.previews
     pictures = generate(
-        load_net(stage, run.stage(name).handover, "ema", device),
+        load_net(open_weights(run.stage(name).handover), device),
         vae,
         wishes,
         null_embeds=prepared.null_embeds,
         guidance_scale=previews.guidance_scale,
         num_inference_steps=previews.num_inference_steps,
         scheduler=previews.scheduler,
+        null_caption=previews.null_caption,
     )
     score, right = _judged(stage, pictures, captions, scenes)
     path = folder / f"{name}.png"

@@ -198,15 +198,18 @@ class Demo:
         """Exports the last stage, and makes a picture from the folder through diffusers alone."""
         from pixart_ds.data.shards import PreparedSet
         from pixart_ds.demo.grids import draw_from_export
-        from pixart_ds.engine.handover import read_handover
+        from pixart_ds.engine.weights import open_weights
         from pixart_ds.export.diffusers import export_pipeline
 
         about = PreparedSet.open(self.data).description
-        state, lineage = read_handover(run.stage(stage.name).handover, "ema")
+        weights = open_weights(run.stage(stage.name).handover)
         folder, picture = self.out / "pipeline", self.out / "pipeline.png"
         export_pipeline(
-            folder, stage.model, state, vae=about.vae, text_encoder=about.text_encoder,
-            lineage={"run": str(run.root), "stage": stage.name, "weights": "ema", "lineage": lineage},
+            folder, stage.model, weights.state, vae=about.vae, text_encoder=about.text_encoder,
+            about={
+                "source": str(weights.where), "stage": stage.name, "weights": "ema",
+                "model": stage.model.model_dump(mode="json"), "lineage": weights.lineage,
+            },
         )  # fmt: skip
         side = stage.model.base_size * stage.model.patch_size * about.downsampling_factor
         draw_from_export(folder, stage, self._prompts()[0], side, picture)

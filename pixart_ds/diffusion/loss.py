@@ -15,8 +15,8 @@ class Losses:
     """Losses of each sample, (B,) in fp32, means over its elements.
 
     Attributes:
-        total: mse + vlb.
-        mse: (ε - ε̂)².
+        total: mse + vlb; with min-SNR weighting, weight · mse + vlb.
+        mse: (ε - ε̂)², unweighted.
         vlb: The bound's term of this timestep, in bits; its gradient reaches the variance only.
     """
 
@@ -31,7 +31,14 @@ def noisy(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -
     return _at(tables.signal, timesteps) * latents + _at(tables.noise, timesteps) * noise
 
 
-def diffusion_loss(output: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> Losses:
+def diffusion_loss(
+    output: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    min_snr_gamma: float | None = None,
+) -> Losses:
     """Losses of a micro-batch.
 
     Args:
@@ -39,11 +46,20 @@ def diffusion_loss(output: torch.Tensor, latents: torch.Tensor, noise: torch.Ten
         latents: (B, C, h, w) fp32, x₀.
         noise: (B, C, h, w) fp32, ε.
         timesteps: (B,) int64 in 0 … 999.
+        min_snr_gamma: γ of min(SNR, γ) / SNR, the weight of a timestep's ε-MSE (Hang et al. 2023); None weighs all alike.
     """
     predicted, position = output.float().chunk(2, 1)
     mse = (noise - predicted).square().flatten(1).mean(1)
     vlb = _bound(predicted.detach(), position, latents, noise, timesteps).flatten(1).mean(1)
-    return Losses(mse + vlb, mse, vlb)
+    weighted = mse if min_snr_gamma is None else mse * min_snr_weight(timesteps, min_snr_gamma)
+    return Losses(weighted + vlb, mse, vlb)
+
+
+def min_snr_weight(timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(SNR, γ) / SNR with SNR = ᾱ / (1 - ᾱ), for an ε-prediction: (B,) fp32 from timesteps (B,)."""
+    tables = schedule_on(timesteps.device)
+    inverse = (tables.noise[timesteps] / tables.signal[timesteps]).square()
+    return (gamma * inverse).clamp(max=1.0)
 
 
 def _bound(

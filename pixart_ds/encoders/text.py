@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +34,7 @@ class TextEncoder(Protocol):
 
 
 class T5Encoder:
-    """A T5 encoder with its tokenizer from one folder or the hub. Captions are taken as they are.
+    """A T5 encoder with its tokenizer from one folder, a pipeline's `text_encoder`, or the hub. Captions are taken as they are.
 
     Args:
         name: Folder or hub name.
@@ -53,7 +54,7 @@ class T5Encoder:
         logging.disable_progress_bar()
         folder = encoder_folder(name, "text encoder")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
             self._model = T5EncoderModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         except (OSError, ValueError) as cause:
             raise ConfigError(
@@ -92,3 +93,10 @@ class T5Encoder:
     def count_truncated(self, captions: Sequence[str]) -> int:
         """See `TextEncoder`."""
         return sum(len(ids) > self.max_tokens for ids in self._tokenizer(list(captions)).input_ids)
+
+
+def tokenizer_folder(folder: str) -> str:
+    """The encoder's own folder or hub name; in a diffusers pipeline the tokenizer's folder lies beside the encoder's."""
+    beside = Path(folder).parent / "tokenizer"
+    inside = any((Path(folder) / name).exists() for name in ("tokenizer.json", "spiece.model", "tokenizer_config.json"))
+    return str(beside) if beside.is_dir() and not inside else folder

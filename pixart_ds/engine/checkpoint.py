@@ -308,6 +308,7 @@ class Shelf:
             "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "started_from": _text(self._origin),
             "config": engine.fingerprints,
+            "model": engine.model_config.model_dump(mode="json"),
             "world_size": self.world.size,
             "partition": engine.layout.partition,
             "clock": engine.clock(),

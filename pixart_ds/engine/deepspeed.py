@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pixart_ds.config.load import fingerprint, identity
-from pixart_ds.config.schema import OptimizerConfig, StageConfig
+from pixart_ds.config.schema import ModelConfig, OptimizerConfig, StageConfig
 from pixart_ds.engine import deepspeed_compat as compat
 from pixart_ds.engine.optimizer import STATE_KEYS, AdamWEMA, learning_rate
 from pixart_ds.engine.shards import FlatLayout, Place
@@ -124,6 +124,11 @@ class Engine:
         """The net itself."""
         module: nn.Module = self.net.module
         return module
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The net's, as the recipe has it."""
+        return self._stage.model
 
     @property
     def condition_names(self) -> tuple[str, ...]:

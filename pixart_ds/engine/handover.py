@@ -1,8 +1,9 @@
-"""The handover: a stage's weights and their EMA as two plain safetensors files, and where they come from."""
+"""The handover: weights and their EMA as two plain safetensors files, the net they belong to, and where they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from pixart_ds import files
+from pixart_ds.config.schema import ModelConfig
 from pixart_ds.engine.agree import on_first
 from pixart_ds.engine.checkpoint import require_room
 from pixart_ds.engine.deepspeed import Engine
 from pixart_ds.engine.tensors import FileRecord, TensorSpec, problem, write_tensors
-from pixart_ds.errors import CheckpointError
+from pixart_ds.errors import CheckpointError, ConfigError
 from pixart_ds.layout import HandoverLayout
 
 FORMAT = 1
@@ -24,7 +26,7 @@ _SHARD_OF: dict[str, str] = {"raw": "master", "ema": "ema"}
 def write_handover(engine: Engine, folder: Path, lineage: dict[str, Any]) -> None:
     """Writes a stage's fp32 weights and EMA, each with buffers; rank 0 gets them parameter by parameter. A collective.
 
-    The lineage is written last; one that is there already is removed first, so that it never speaks of other files.
+    The lineage is written last: a handover without it is not there.
 
     Args:
         engine: After its last step.
@@ -39,20 +41,49 @@ def write_handover(engine: Engine, folder: Path, lineage: dict[str, Any]) -> Non
     specs = [TensorSpec(place.name, torch.float32, place.shape) for place in engine.layout.places]
     specs += [TensorSpec.of(name, tensor) for name, tensor in fixed.items()]
 
-    def prepare() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        names.lineage.unlink(missing_ok=True)
-        files.sync_folder(folder)
-        require_room(folder, 2 * sum(spec.num_bytes for spec in specs), "the handover")
-
-    on_first(engine.world, prepare)
+    on_first(engine.world, lambda: _prepare(names, 2 * sum(spec.num_bytes for spec in specs)))
     records = {}
     for weights, shard in _SHARD_OF.items():
         record = _write_streamed(engine, _path(names, weights), shard, specs, fixed)
         records[weights] = {"file": record.name, **record.to_json()}
-    on_first(
-        engine.world, lambda: files.write_json(names.lineage, {"format": FORMAT, "files": records, "lineage": lineage})
-    )
+    on_first(engine.world, lambda: _finish(names, records, lineage, engine.model_config))
+
+
+def save_handover(
+    folder: Path, states: Mapping[str, Mapping[str, torch.Tensor]], lineage: dict[str, Any], model: ModelConfig
+) -> None:
+    """Writes weights that this process holds as a handover; where only one kind is given, it stands for both.
+
+    Raises:
+        MachineError: The disk is too small.
+        ConfigError: Something else lies in the folder.
+    """
+    names = HandoverLayout(folder)
+    unfinished = {names.raw.name, names.ema.name}  # of an import that was cut off
+    if folder.exists() and any(path.name not in unfinished and path.suffix != ".tmp" for path in folder.iterdir()):
+        raise ConfigError("the folder is not empty", where=folder.resolve(), remedy="name a new folder")
+    size = sum(4 * tensor.numel() for state in states.values() for tensor in state.values())
+    _prepare(names, size)
+    records = {}
+    for kind, state in states.items():
+        specs = [TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in state.items()]
+        written = write_tensors(_path(names, kind), specs, (tensor.float().contiguous() for tensor in state.values()))
+        records[kind] = {"file": written.name, **written.to_json()}
+    only = next(iter(records.values()))
+    _finish(names, {kind: records.get(kind, only) for kind in _SHARD_OF}, lineage, model)
+
+
+def _prepare(names: HandoverLayout, num_bytes: int) -> None:
+    """The folder, without a lineage: one that is there is removed first, so that it never speaks of other files."""
+    names.root.mkdir(parents=True, exist_ok=True)
+    names.lineage.unlink(missing_ok=True)
+    files.sync_folder(names.root)
+    require_room(names.root, num_bytes, "the handover")
+
+
+def _finish(names: HandoverLayout, records: dict[str, Any], lineage: dict[str, Any], model: ModelConfig) -> None:
+    about = {"format": FORMAT, "model": model.model_dump(mode="json"), "files": records, "lineage": lineage}
+    files.write_json(names.lineage, about)
 
 
 def _write_streamed(
@@ -84,8 +115,23 @@ def _write_streamed(
     return FileRecord(*on_first(engine.world, told))
 
 
-def read_handover(folder: Path, weights: Literal["raw", "ema"]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The full state and the lineage of a handover; any process may call it.
+@dataclass(frozen=True)
+class Handover:
+    """What a handover holds of one kind of weights.
+
+    Attributes:
+        state: fp32, by name.
+        lineage: Where they come from.
+        model: The net, as `model:` of a recipe.
+    """
+
+    state: dict[str, torch.Tensor]
+    lineage: dict[str, Any]
+    model: dict[str, Any]
+
+
+def read_handover(folder: Path, weights: Literal["raw", "ema"]) -> Handover:
+    """Reads a handover, checksum first; any process may call it.
 
     Raises:
         CheckpointError: There is none, or its file is missing or damaged.
@@ -100,7 +146,7 @@ def read_handover(folder: Path, weights: Literal["raw", "ema"]) -> tuple[dict[st
     entry = value["files"][weights]
     if (wrong := problem(folder, FileRecord.from_json(entry["file"], entry), whole=True)) is not None:
         raise CheckpointError(f"the handover cannot be trusted: {wrong}", where=folder, remedy=remedy)
-    return load_file(_path(names, weights)), value["lineage"]
+    return Handover(load_file(folder / entry["file"]), value["lineage"], value["model"])
 
 
 def _path(names: HandoverLayout, weights: str) -> Path:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pixart_ds.config.schema import StageConfig
 from pixart_ds.encoders.latents import LatentEncoder
-from pixart_ds.engine.handover import read_handover
+from pixart_ds.engine.foreign import NULL_CAPTION
+from pixart_ds.engine.weights import Weights
 from pixart_ds.errors import ConfigError
 from pixart_ds.model import DiT, PixArt, build
 from pixart_ds.sampling.sample import sample
@@ -36,14 +35,13 @@ class Wish:
     seed: int
 
 
-def load_net(stage: StageConfig, handover: Path, weights: Literal["ema", "raw"], device: str = "cpu") -> PixArt | DiT:
-    """A stage's net with the weights that it handed over, ready to sample.
-
-    Raises:
-        CheckpointError: There is no handover, or it does not fit the recipe.
-    """
-    net = build(stage.model, fp32_attention=stage.fp32_attention)
-    state, _ = read_handover(handover, weights)
+def load_net(weights: Weights, device: str = "cpu") -> PixArt | DiT:
+    """The net with these weights, ready to sample; a null caption that they lack is zero."""
+    fp32_attention = weights.model.fp32_attention if weights.stage is None else weights.stage.fp32_attention
+    net = build(weights.model, fp32_attention=fp32_attention)
+    state = dict(weights.state)
+    if isinstance(net, PixArt):
+        state.setdefault(NULL_CAPTION, net.y_embedder.y_embedding)
     net.load_state_dict(state)
     return net.to(device).eval()
 
@@ -57,11 +55,14 @@ def generate(
     guidance_scale: float,
     num_inference_steps: int,
     scheduler: str,
+    null_caption: Literal["encoder", "weights"] = "encoder",
 ) -> list[npt.NDArray[np.uint8]]:
     """The pictures (H, W, 3), in the sequence of the wishes; those of one size are sampled together.
 
     Args:
-        null_embeds: (L, D) features of the empty caption, for guidance; None for a class-conditional net.
+        null_embeds: (L, D) features of the empty caption, for guidance; None where they are not needed.
+        null_caption: What guidance leads away from: these features under their own mask, or the weights' null caption under the
+            prompt's mask.
 
     Raises:
         ConfigError: A size that the VAE and the patches cannot make.
@@ -78,7 +79,7 @@ def generate(
     for size, numbers in by_size.items():
         for start in range(0, len(numbers), _AT_ONCE):
             batch = numbers[start : start + _AT_ONCE]
-            own, null = conditions(net, [wishes[number] for number in batch], null_embeds)
+            own, null = conditions(net, [wishes[number] for number in batch], null_embeds, null_caption)
             latents = sample(
                 net,
                 conditions=own,
@@ -95,16 +96,22 @@ def generate(
 
 
 def conditions(
-    net: PixArt | DiT, wishes: Sequence[Wish], null_embeds: npt.NDArray[np.float16] | None
+    net: PixArt | DiT,
+    wishes: Sequence[Wish],
+    null_embeds: npt.NDArray[np.float16] | None,
+    null_caption: Literal["encoder", "weights"] = "encoder",
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The wishes' own and null conditions as the net takes them, for wishes of one size."""
     device, count = next(net.parameters()).device, len(wishes)
     if isinstance(net, DiT):
         labels = torch.tensor([int(wish.condition) for wish in wishes], device=device)  # type: ignore[call-overload]
         return {"class_labels": labels}, {"class_labels": torch.full_like(labels, net.null_label)}
-    assert null_embeds is not None
     embeds, mask = padded([np.asarray(wish.condition) for wish in wishes])
-    null, null_mask = padded([null_embeds] * count)
+    if null_caption == "weights":
+        null, null_mask = _stored_null(net, mask.shape[1]).expand(count, -1, -1), mask
+    else:
+        assert null_embeds is not None
+        null, null_mask = padded([null_embeds] * count)
     own = {"caption_embeds": embeds.to(device), "caption_mask": mask.to(device)}
     other = {"caption_embeds": null.to(device), "caption_mask": null_mask.to(device)}
     if net.config.micro_conditions:  # the picture's own size, as the released pipeline says it
@@ -115,6 +122,14 @@ def conditions(
         }
         own, other = own | sizes, other | sizes
     return own, other
+
+
+def _stored_null(net: PixArt, tokens: int) -> torch.Tensor:
+    """The first `tokens` of the weights' null caption, (tokens, D)."""
+    stored = net.y_embedder.y_embedding[:tokens].float()
+    if not stored.any():
+        raise ConfigError("the weights hold no null caption", remedy="use the text encoder's: --null-caption encoder")
+    return stored
 
 
 def padded(features: Sequence[npt.NDArray[np.float16]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,34 +1,84 @@
-"""The verb `export`: which stage, which weights, which encoders."""
+"""The verbs `export` and `import`: weights out of a run into other projects' forms, and back."""
 
 from __future__ import annotations
 
+import hashlib
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from pixart_ds.config.freeze import open_run, read_stage
-from pixart_ds.data.shards import PreparedSet
-from pixart_ds.engine.handover import read_handover
-from pixart_ds.layout import last_done
+from pixart_ds.config.load import apply_overrides
+from pixart_ds.data.shards import first_set
+from pixart_ds.engine.foreign import DIT_LICENCE, UNKNOWN_LICENCE, read_foreign
+from pixart_ds.engine.handover import save_handover
+from pixart_ds.engine.weights import licences_of, open_weights
+from pixart_ds.errors import ConfigError
+from pixart_ds.layout import RunLayout
 
 
-def export_run(options: Namespace) -> dict[str, Any]:
-    """Writes a stage's weights as a diffusers pipeline; returns what was written where."""
+def export_weights(options: Namespace) -> dict[str, Any]:
+    """Writes weights as a diffusers pipeline or under the official names; returns what was written where."""
     from pixart_ds.export.diffusers import export_pipeline
+    from pixart_ds.export.official import write_official
 
-    run = open_run(options.run)
-    name = options.stage or last_done(run)
-    stage = read_stage(run, name)
-    out = options.out or run.export
-    about = PreparedSet.open(Path(stage.data.sets[0].path)).description
-    state, lineage = read_handover(run.stage(name).handover, options.weights)
-    if not options.dry_run:
-        export_pipeline(
-            out,
-            stage.model,
-            state,
-            vae=options.vae or about.vae,
-            text_encoder=options.text_encoder or about.text_encoder,
-            lineage={"run": str(run.root), "stage": name, "weights": options.weights, "lineage": lineage},
+    weights = open_weights(options.source, stage=options.stage, kind=options.weights)
+    out = options.out or _default_out(options)
+    licences = licences_of(weights.lineage)
+    about = {
+        "source": str(weights.where),
+        "stage": weights.stage.name if weights.stage else None,
+        "weights": weights.kind,
+        "model": weights.model.model_dump(mode="json"),
+        "licences": licences,
+        "lineage": weights.lineage,
+    }
+    if options.format == "diffusers":
+        prepared = first_set(weights.stage)
+        vae = weights.encoder("vae", options.vae, prepared.description.vae if prepared else None)
+        text_encoder = weights.encoder(
+            "text_encoder", options.text_encoder, prepared.description.text_encoder if prepared else None
         )
-    return {"stage": name, "weights": options.weights, "out": str(out)}
+        if not options.dry_run:
+            export_pipeline(out, weights.model, weights.state, vae=vae, text_encoder=text_encoder, about=about)
+    elif not options.dry_run:
+        write_official(out, weights.model, weights.state, about=about)
+    return {key: about[key] for key in ("source", "stage", "weights", "licences")} | {"out": str(out)}
+
+
+def import_weights(options: Namespace) -> dict[str, Any]:
+    """Writes foreign weights as a handover that stages, `sample` and `export` start from; returns what was found."""
+    model: dict[str, Any] = apply_overrides({}, options.sets)
+    foreign = read_foreign(options.source, image_size=options.image_size, model=model)
+    default = DIT_LICENCE if foreign.model.kind == "dit" else UNKNOWN_LICENCE
+    inherited = foreign.note.get("licences", []) or licences_of(foreign.note.get("lineage", {}))
+    licence = options.licence or "; ".join(inherited) or default
+    lineage = {
+        "source": "import",
+        "path": str(options.source.absolute()),
+        "sha256": _sha256(options.source) if options.source.is_file() else None,
+        "layout": foreign.layout,
+        "licence": licence,
+    }
+    if foreign.note:
+        lineage["from"] = foreign.note.get("lineage")
+    if not options.dry_run:
+        save_handover(options.out, foreign.states, lineage, foreign.model)
+    return {
+        "out": str(options.out),
+        "weights": list(foreign.states),
+        "layout": foreign.layout,
+        "licence": licence,
+        "model": foreign.model.model_dump(mode="json", exclude_none=True),
+    }
+
+
+def _default_out(options: Namespace) -> Path:
+    run = RunLayout(options.source)
+    if options.format == "official" or not run.manifest.exists():
+        raise ConfigError("nothing says where to write", remedy="add --out: a folder, or for --format official a file")
+    return run.export
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 
 from pixart_ds import files
 from pixart_ds.compat import hide_broken_torchvision
 from pixart_ds.config.schema import ModelConfig
-from pixart_ds.diffusion.schedule import BETA_END, BETA_START, NUM_TIMESTEPS
+from pixart_ds.encoders.text import tokenizer_folder
+from pixart_ds.engine.foreign import NULL_CAPTION, OUR_NOTE, OUR_NULL_CAPTION
 from pixart_ds.errors import ConfigError
-from pixart_ds.export.names import to_diffusers
-
-LINEAGE = "pixart_ds.json"
-"""Our note in the folder: which run, stage and weights; it also marks the folder as ours to replace."""
+from pixart_ds.model.names import to_diffusers
+from pixart_ds.sampling.schedulers import make_scheduler
 
 _MICRO_SAMPLE_SIZE = 128
 
@@ -58,24 +58,15 @@ def transformer_of(config: ModelConfig, state: dict[str, torch.Tensor]) -> Any:
 def pipeline_of(config: ModelConfig, state: dict[str, torch.Tensor], vae: str, text_encoder: str) -> Any:
     """The whole pipeline in memory, in fp32."""
     hide_broken_torchvision()
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline
+    from diffusers import AutoencoderKL, PixArtAlphaPipeline
     from transformers import AutoTokenizer, T5EncoderModel
 
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=NUM_TIMESTEPS,
-        beta_start=BETA_START,
-        beta_end=BETA_END,
-        beta_schedule="linear",
-        prediction_type="epsilon",
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-    )
     return PixArtAlphaPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(text_encoder),
+        tokenizer=AutoTokenizer.from_pretrained(tokenizer_folder(text_encoder)),
         text_encoder=T5EncoderModel.from_pretrained(text_encoder, dtype=torch.float32).eval(),
         vae=AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval(),
         transformer=transformer_of(config, state),
-        scheduler=scheduler,
+        scheduler=make_scheduler("DPMSolverMultistepScheduler"),
     )
 
 
@@ -86,16 +77,16 @@ def export_pipeline(
     *,
     vae: str,
     text_encoder: str,
-    lineage: dict[str, Any],
+    about: dict[str, Any],
 ) -> None:
-    """Writes the pipeline's folder; an earlier export of ours is replaced once the new one is whole.
+    """Writes the pipeline's folder, with `about` as our note in it; an earlier export is replaced once the new one is whole.
 
     Raises:
         ConfigError: The net is no PixArt, or something else lies in the folder.
     """
     if config.kind != "pixart":
         raise ConfigError("only PixArt nets can be exported; this stage trains a DiT", remedy="export a later stage")
-    if folder.exists() and any(folder.iterdir()) and not (folder / LINEAGE).exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / OUR_NOTE).exists():
         raise ConfigError(
             "the folder is not empty and no earlier export", where=folder.resolve(), remedy="name a new folder"
         )
@@ -104,7 +95,9 @@ def export_pipeline(
     if temporary.exists():
         shutil.rmtree(temporary)
     pipeline_of(config, state, vae, text_encoder).save_pretrained(temporary)
-    files.write_json(temporary / LINEAGE, lineage)
+    if NULL_CAPTION in state:
+        save_file({NULL_CAPTION: state[NULL_CAPTION].contiguous()}, temporary / OUR_NULL_CAPTION)
+    files.write_json(temporary / OUR_NOTE, about)
     if folder.exists():
         old = files.temporary_name(folder.with_name(folder.name + ".old"))
         os.rename(folder, old)
@@ -116,7 +109,14 @@ def export_pipeline(
 
 
 def sample_export(
-    folder: Path, prompt: str, size: tuple[int, int], *, guidance_scale: float, num_inference_steps: int, seed: int = 0
+    folder: Path,
+    prompt: str,
+    size: tuple[int, int],
+    *,
+    guidance_scale: float,
+    num_inference_steps: int,
+    seed: int = 0,
+    scheduler: str = "DPMSolverMultistepScheduler",
 ) -> npt.NDArray[np.uint8]:
     """One picture (H, W, 3) through diffusers alone, from an exported folder; `size` is (height, width) in pixels."""
     hide_broken_torchvision()
@@ -125,6 +125,8 @@ def sample_export(
 
     logging.disable_progress_bar()
     pipeline = PixArtAlphaPipeline.from_pretrained(folder)
+    if scheduler != type(pipeline.scheduler).__name__:
+        pipeline.scheduler = make_scheduler(scheduler)
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(
         prompt,

@@ -1,13 +1,16 @@
-"""The parts that PixArt and DiT share: attention, MLP, embedders, modulation, patches.
+"""The parts that PixArt and DiT share beside attention: MLP, embedders, modulation, patches.
 
-In shape comments: B samples, N image tokens, L text tokens, D hidden size, H heads, E = D / H, C latent channels, p patch size.
+In shape comments: B samples, N image tokens, D hidden size, C latent channels, p patch size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pixart_ds.model.positions import position_embedding, sinusoid
 
@@ -18,59 +21,6 @@ FREQUENCIES = 256
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """LayerNorm without affine, then x · (1 + scale) + shift: (B, N, D) with (B, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], None, None, NORM_EPS), 1 + scale)
-
-
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, *, fp32: bool = False
-) -> torch.Tensor:
-    """Scaled dot-product attention: (B, H, N, E) from q of that shape and k, v (B, H, L, E).
-
-    In fp16 the scale is laid on q before the product: q·k of trained nets can exceed 65,504, scaled ones do not.
-
-    Args:
-        mask: (B, 1, 1, L) bool, True where a key may be attended.
-        fp32: Compute in fp32, whatever the inputs' dtype.
-    """
-    dtype = q.dtype
-    if fp32:
-        q, k, v = q.float(), k.float(), v.float()
-    if q.dtype == torch.float16:
-        q, scale = q * q.shape[-1] ** -0.5, 1.0
-    else:
-        scale = q.shape[-1] ** -0.5
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).to(dtype)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases and one matrix for q, k and v."""
-
-    def __init__(self, width: int, heads: int, *, fp32: bool) -> None:
-        super().__init__()
-        self.heads, self.fp32 = heads, fp32
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, E)
-        y = attention(q, k, v, fp32=self.fp32)  # (B, H, N, E)
-        return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
-
-
-class CrossAttention(nn.Module):
-    """Image tokens attend to text tokens; padded ones never."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_linear = nn.Linear(width, width)
-        self.kv_linear = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, E)
-        k, v = self.kv_linear(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, L, E)
-        y = attention(q, k, v, mask[:, None, None, :])  # (B, H, N, E)
-        return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class Mlp(nn.Module):
@@ -126,6 +76,17 @@ class Positions(nn.Module):
             )
             self._made[key] = table.to(like.device, like.dtype)
         return self._made[key]  # (N, D)
+
+
+def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *conditions: Any, checkpointed: int) -> torch.Tensor:
+    """x through all blocks, each given the same conditions; the first `checkpointed` recompute their activations in backward."""
+    for number, block in enumerate(blocks):
+        if number < checkpointed and torch.is_grad_enabled():
+            # nothing in a block is random, so that no generator's state need be kept for the second time
+            x = checkpoint(block, x, *conditions, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *conditions)
+    return x
 
 
 def unpatchify(tokens: torch.Tensor, height: int, width: int, patch: int) -> torch.Tensor:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pixart_ds.config.schema import ModelConfig
+from pixart_ds.model.attention import AttentionOptions, SelfAttention
 from pixart_ds.model.blocks import (
     Mlp,
     NumberEmbedder,
     PatchEmbedder,
     Positions,
-    SelfAttention,
     modulate,
     null_where,
+    run_blocks,
     unpatchify,
 )
 
@@ -22,10 +22,10 @@ from pixart_ds.model.blocks import (
 class DiTBlock(nn.Module):
     """Self-attention and MLP, each modulated by the block's own function of timestep and label."""
 
-    def __init__(self, config: ModelConfig, *, fp32_attention: bool) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionOptions) -> None:
         super().__init__()
         width = config.hidden_size
-        self.attn = SelfAttention(width, config.num_heads, fp32=fp32_attention)
+        self.attn = SelfAttention(width, config.num_heads, attention)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -65,21 +65,22 @@ class DiT(nn.Module):
 
     Args:
         config: Kind `dit`.
-        fp32_attention: Self-attention in fp32.
+        attention: How attention is computed.
         checkpointed_blocks: How many of the first blocks recompute their activations in backward.
     """
 
     condition_names: tuple[str, ...] = ("class_labels",)
 
-    def __init__(self, config: ModelConfig, *, fp32_attention: bool = False, checkpointed_blocks: int = 0) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionOptions, checkpointed_blocks: int) -> None:
         super().__init__()
         assert config.num_classes is not None
         width, patch = config.hidden_size, config.patch_size
         self.config, self.checkpointed_blocks = config, checkpointed_blocks
+        self.attention_options = attention
         self.x_embedder = PatchEmbedder(config.in_channels, width, patch)
         self.t_embedder = NumberEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
-        self.blocks = nn.ModuleList(DiTBlock(config, fp32_attention=fp32_attention) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(DiTBlock(config, attention) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, patch * patch * 2 * config.in_channels)
         self.positions = Positions(width, config.base_size, config.interpolation_scale)
 
@@ -110,9 +111,5 @@ class DiT(nn.Module):
         null = torch.full_like(class_labels, self.null_label)
         labels = null_where(dropped, torch.where(class_labels < 0, null, class_labels), null)  # (B,)
         condition = self.t_embedder(timesteps) + self.y_embedder(labels)  # (B, D)
-        for number, block in enumerate(self.blocks):
-            if number < self.checkpointed_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, use_reentrant=False)
-            else:
-                x = block(x, condition)  # (B, N, D)
+        x = run_blocks(self.blocks, x, condition, checkpointed=self.checkpointed_blocks)  # (B, N, D)
         return unpatchify(self.final_layer(x, condition), height, width, self.config.patch_size)

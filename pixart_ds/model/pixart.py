@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pixart_ds.config.schema import ModelConfig
 from pixart_ds.errors import ConfigError
+from pixart_ds.model.attention import AttentionOptions, CrossAttention, SelfAttention, Text, packing
 from pixart_ds.model.blocks import (
-    CrossAttention,
     Mlp,
     NumberEmbedder,
     PatchEmbedder,
     Positions,
-    SelfAttention,
     modulate,
     null_where,
+    run_blocks,
     unpatchify,
 )
 
@@ -24,22 +25,20 @@ from pixart_ds.model.blocks import (
 class PixArtBlock(nn.Module):
     """Self-attention, cross-attention and MLP; only the first and the last are normed, modulated and gated."""
 
-    def __init__(self, config: ModelConfig, *, fp32_attention: bool) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionOptions) -> None:
         super().__init__()
         width = config.hidden_size
         self.scale_shift_table = nn.Parameter(torch.empty(6, width))
-        self.attn = SelfAttention(width, config.num_heads, fp32=fp32_attention)
-        self.cross_attn = CrossAttention(width, config.num_heads)
+        self.attn = SelfAttention(width, config.num_heads, attention)
+        self.cross_attn = CrossAttention(width, config.num_heads, attention)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
-    def forward(
-        self, x: torch.Tensor, modulation: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, text: Text) -> torch.Tensor:
         # (B, 6, D): shift, scale, gate of the attention, then of the MLP
         parts = self.scale_shift_table + modulation
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts.chunk(6, dim=1)  # each (B, 1, D)
         x = torch.addcmul(x, gate_a, self.attn(modulate(x, shift_a, scale_a)))  # (B, N, D)
-        x = x + self.cross_attn(x, text, mask)  # (B, N, D): no norm, no modulation, no gate
+        x = x + self.cross_attn(x, text)  # (B, N, D): no norm, no modulation, no gate
         return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))  # (B, N, D)
 
 
@@ -54,9 +53,10 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("y_embedding", torch.zeros(max_tokens, channels))
 
     def forward(self, captions: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+        """Features (B, L, channels), dropped ones replaced, in the net's dtype; `y_proj` comes after packing."""
         dtype = self.y_proj.fc1.weight.dtype
         null = self.y_embedding[: captions.shape[1]].to(dtype)  # (L, channels)
-        return self.y_proj(null_where(dropped, captions.to(dtype), null))  # (B, L, D)
+        return null_where(dropped, captions.to(dtype), null)
 
 
 class FinalLayer(nn.Module):
@@ -77,23 +77,24 @@ class PixArt(nn.Module):
 
     Args:
         config: Kind `pixart`.
-        fp32_attention: Self-attention in fp32.
+        attention: How attention is computed.
         checkpointed_blocks: How many of the first blocks recompute their activations in backward.
     """
 
-    def __init__(self, config: ModelConfig, *, fp32_attention: bool = False, checkpointed_blocks: int = 0) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionOptions, checkpointed_blocks: int) -> None:
         super().__init__()
         assert config.caption_channels is not None
         assert config.max_tokens is not None
         width, patch = config.hidden_size, config.patch_size
         self.config, self.checkpointed_blocks = config, checkpointed_blocks
+        self.attention_options = attention
         self.x_embedder = PatchEmbedder(config.in_channels, width, patch)
         self.t_embedder = NumberEmbedder(width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = CaptionEmbedder(config.caption_channels, width, config.max_tokens)
         self.csize_embedder = NumberEmbedder(width // 3) if config.micro_conditions else None
         self.ar_embedder = NumberEmbedder(width // 3) if config.micro_conditions else None
-        self.blocks = nn.ModuleList(PixArtBlock(config, fp32_attention=fp32_attention) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(PixArtBlock(config, attention) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, patch * patch * 2 * config.in_channels)
         self.positions = Positions(width, config.base_size, config.interpolation_scale)
 
@@ -135,7 +136,8 @@ class PixArt(nn.Module):
             latents: (B, C, h, w) noisy latents; h and w are multiples of the patch size.
             timesteps: (B,), whole or fractional.
             caption_embeds: (B, L, caption_channels).
-            caption_mask: (B, L) bool, True for real tokens; a caption without any attends to nothing in particular.
+            caption_mask: (B, L) bool, True for real tokens; a caption without any attends to nothing in particular. It may lie on
+                the CPU; for packed text it should, lest the host wait for the device.
             dropped: (B,) bool: these take the null caption, under their own mask (paper.md 8, trap 5).
             original_sizes: (B, 2) height and width of the original pictures; micro-conditions only.
             aspect_ratios: (B,) height / width of the bucket; micro-conditions only.
@@ -147,14 +149,20 @@ class PixArt(nn.Module):
         if self.config.micro_conditions:
             time = time + self._sizes(original_sizes, aspect_ratios)  # (B, D)
         modulation = self.t_block(time).unflatten(-1, (6, -1))  # (B, 6, D), once for all blocks
-        text = self.y_embedder(caption_embeds, dropped)  # (B, L, D)
-        mask = caption_mask | ~caption_mask.any(1, keepdim=True)  # a row without tokens would give NaN
-        for number, block in enumerate(self.blocks):
-            if number < self.checkpointed_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, text, mask, use_reentrant=False)
-            else:
-                x = block(x, modulation, text, mask)  # (B, N, D)
+        text = self._text(caption_embeds, caption_mask, dropped)
+        x = run_blocks(self.blocks, x, modulation, text, checkpointed=self.checkpointed_blocks)  # (B, N, D)
         return unpatchify(self.final_layer(x, time), height, width, self.config.patch_size)
+
+    def _text(self, captions: torch.Tensor, mask: torch.Tensor, dropped: torch.Tensor | None) -> Text:
+        """Caption features (B, L, channels) as the blocks attend to them."""
+        mask = mask | ~mask.any(1, keepdim=True)  # a row without tokens would give NaN
+        features = self.y_embedder(captions, dropped)  # (B, L, channels)
+        if not self.attention_options.packed_text:
+            return Text(self.y_embedder.y_proj(features), mask.to(captions.device)[:, None, None, :])
+        places, lengths = packing(mask)
+        offsets = torch.tensor([0, *accumulate(lengths)])
+        tokens = self.y_embedder.y_proj(features.flatten(0, 1)[places.to(captions.device, non_blocking=True)])  # (T, D)
+        return Text(tokens, lengths=lengths, offsets=offsets.to(captions.device, non_blocking=True))
 
     def _sizes(self, original_sizes: torch.Tensor | None, aspect_ratios: torch.Tensor | None) -> torch.Tensor:
         """Embeddings of height, width and ratio side by side: (B, D)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
@@ -11,17 +13,21 @@ from pixart_ds.model.positions import sinusoid
 State = dict[str, torch.Tensor]
 
 
-def reparameterise(dit: State, pixart: State, *, at: int = 500) -> State:
+def reparameterise(
+    dit: State, pixart: State, *, at: int = 500, shared_modulation: Literal["first", "mean"] | int = "first"
+) -> State:
     """PixArt's state with everything of a DiT that has a place in it.
 
-    The shared modulation is that of DiT's first block, t_block := blocks.0.adaLN_modulation; block i's table is the difference of
-    its own modulation and the shared one at timestep `at`, without the label: S⁽ⁱ⁾ = S̄ + E⁽ⁱ⁾ holds there exactly. The final
-    layer's table is treated alike, against the raw timestep embedding that is added to it.
+    Block i's table is the difference of its own modulation and the shared one at timestep `at`, without the label:
+    S⁽ⁱ⁾ = S̄ + E⁽ⁱ⁾ holds there exactly, whichever function of the timestep is shared. The final layer's table is treated alike,
+    against the raw timestep embedding that is added to it.
 
     Args:
         dit: State dict of a DiT, fp32.
         pixart: State dict of a freshly initialised PixArt of the same shape, fp32; not changed.
         at: The timestep; the paper chose 500 empirically.
+        shared_modulation: S̄, the `t_block`: of DiT's first block (paper: "only at the first block"), the mean over all blocks,
+            or that of the block with this number.
 
     Returns:
         A new state; cross-attention, caption embedder and null caption are PixArt's own.
@@ -47,8 +53,10 @@ def reparameterise(dit: State, pixart: State, *, at: int = 500) -> State:
         state[name] = dit[name].clone()
     time = _time_embedding(dit, at)  # (D,)
     active = F.silu(time)
-    state["t_block.1.weight"] = dit["blocks.0.adaLN_modulation.1.weight"].clone()
-    state["t_block.1.bias"] = dit["blocks.0.adaLN_modulation.1.bias"].clone()
+    for kind in ("weight", "bias"):
+        state[f"t_block.1.{kind}"] = _shared(
+            [dit[f"blocks.{number}.adaLN_modulation.1.{kind}"] for number in range(blocks[0])], shared_modulation
+        )
     common = F.linear(active, state["t_block.1.weight"], state["t_block.1.bias"])  # (6D,)
     for number in range(blocks[0]):
         own = f"blocks.{number}.adaLN_modulation.1."
@@ -58,6 +66,12 @@ def reparameterise(dit: State, pixart: State, *, at: int = 500) -> State:
     modulation = F.linear(active, dit[final + "weight"], dit[final + "bias"]).view(2, -1)  # (2, D)
     state["final_layer.scale_shift_table"] = modulation - time
     return state
+
+
+def _shared(own: list[torch.Tensor], which: Literal["first", "mean"] | int) -> torch.Tensor:
+    if which == "mean":
+        return torch.stack(own).mean(0)
+    return own[0 if which == "first" else which].clone()
 
 
 def _time_embedding(dit: State, at: int) -> torch.Tensor:

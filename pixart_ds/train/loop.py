@@ -22,12 +22,14 @@ from pixart_ds.engine.world import World
 from pixart_ds.errors import CheckpointError, PixArtError
 from pixart_ds.layout import AttemptLayout, RunLayout
 from pixart_ds.log import Log, si
+from pixart_ds.model import require_backend
 from pixart_ds.train.meter import Meter
 from pixart_ds.train.sets import open_sets, order_of
 from pixart_ds.train.start import initial_weights, net_of
 from pixart_ds.train.state import TrainState, passed
 from pixart_ds.train.stop import StopFlag
 
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _MOST_SKIPS = 100
 """fp16's loss scale falls from 2¹⁶ to 1 in 16 skips; nothing healthy takes more than a few dozen in a row."""
 
@@ -56,7 +58,7 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> None:
         Meter(job.attempt, stage, log, active=world.rank == 0, world_size=world.size) as meter,
     ):
         for images_seen in loader.steps(state.images_seen, stage.total_images):
-            step = _Step()
+            step = _Step(stage.min_snr_gamma)
             for micro_batch in step.waiting(loader.micro_batches(images_seen)):
                 engine.backward(step.loss(engine, micro_batch) / batch)  # each sample weighs 1/N
             result = engine.step()
@@ -82,6 +84,12 @@ class _Training:
         self.sets = open_sets(stage)
         self.order = order_of(stage, self.sets)
         net = net_of(stage)
+        require_backend(
+            net.attention_options,
+            stage.model.hidden_size // stage.model.num_heads,
+            _DTYPES[stage.precision],
+            world.device,
+        )
         found = Shelf.newest_of(layout, job.attempt.number, job.launch, world)
         start = None if found else initial_weights(job.run, stage, net, self.sets)
         self.engine = Engine.build(net, stage, world, deepspeed_config.merge(stage, files.read_json(layout.deepspeed)))
@@ -160,7 +168,8 @@ class _Training:
 class _Step:
     """One rank's part of a step: losses are summed on the device, and fetched once at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, min_snr_gamma: float | None) -> None:
+        self.min_snr_gamma = min_snr_gamma
         self.samples = 0
         self.digest = 0
         self.waited = 0.0
@@ -182,7 +191,7 @@ class _Step:
         inputs = noisy(batch.latents, batch.noise, batch.timesteps)
         conditions = {name: getattr(batch, name) for name in engine.condition_names}
         output = engine.net(inputs, batch.timesteps, dropped=batch.dropped, **conditions)
-        losses = diffusion_loss(output, batch.latents, batch.noise, batch.timesteps)
+        losses = diffusion_loss(output, batch.latents, batch.noise, batch.timesteps, min_snr_gamma=self.min_snr_gamma)
         sums = torch.stack([losses.total.detach().sum(), losses.mse.detach().sum(), losses.vlb.detach().sum()]).double()
         self._sums = sums if self._sums is None else self._sums + sums
         self.samples += len(batch.timesteps)
@@ -224,4 +233,4 @@ def _origin(lineage: dict[str, Any]) -> str:
     if lineage["source"] == "scratch":
         return f"scratch, seed {lineage['seed']}"
     how = "re-parameterised" if lineage["source"] == "reparameterise" else "handed over"
-    return f"the {lineage['weights']} weights of {lineage['stage']}, {how}"
+    return f"the {lineage['weights']} weights of {lineage.get('stage') or lineage['path']}, {how}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pixart_ds.config.freeze import read_stage
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.errors import CheckpointError
@@ -21,14 +23,29 @@ def preflight(run: RunLayout, stage: StageConfig) -> None:
 
 
 def check_origin(run: RunLayout, stage: StageConfig) -> None:
-    """Raises CheckpointError unless the stage that this one starts from has handed over."""
-    if stage.init.stage is None:
+    """Raises CheckpointError unless what this stage starts from is there."""
+    if stage.init.source == "scratch":
         return
-    read_stage(run, stage.init.stage)
-    folder = run.stage(stage.init.stage).handover
-    if not HandoverLayout(folder).lineage.exists():
+    folder = origin_of(run, stage)
+    if HandoverLayout(folder).lineage.exists():
+        return
+    if stage.init.path is not None:
         raise CheckpointError(
-            f"{stage.name} starts from {stage.init.stage}, which has handed nothing over yet",
-            where=folder,
-            remedy=f"finish it first: pixart-ds train {run.root} {stage.init.stage}",
+            f"{stage.name} starts from the handover {stage.init.path}, which is not there",
+            where=folder.absolute(),
+            remedy="make it: pixart-ds import WEIGHTS --out FOLDER; or set init.path in a new run",
         )
+    raise CheckpointError(
+        f"{stage.name} starts from {stage.init.stage}, which has handed nothing over yet",
+        where=folder,
+        remedy=f"finish it first: pixart-ds train {run.root} {stage.init.stage}",
+    )
+
+
+def origin_of(run: RunLayout, stage: StageConfig) -> Path:
+    """The folder of the handover that a stage starts from."""
+    if stage.init.path is not None:
+        return Path(stage.init.path)
+    assert stage.init.stage is not None
+    read_stage(run, stage.init.stage)
+    return run.stage(stage.init.stage).handover

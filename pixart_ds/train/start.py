@@ -9,11 +9,12 @@ import torch
 
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.data.shards import PreparedSet
+from pixart_ds.engine.foreign import NULL_CAPTION
 from pixart_ds.engine.handover import read_handover
 from pixart_ds.errors import CheckpointError
 from pixart_ds.layout import RunLayout
 from pixart_ds.model import SIZE_EMBEDDERS, DiT, PixArt, build, initialise, reparameterise, zero_size_embedders
-from pixart_ds.train.preflight import check_origin
+from pixart_ds.train.preflight import check_origin, origin_of
 
 State = dict[str, torch.Tensor]
 
@@ -45,28 +46,31 @@ def initial_weights(run: RunLayout, stage: StageConfig, net: PixArt | DiT, sets:
     given, lineage = _handed_over(run, stage)
     if stage.init.source == "reparameterise":
         return Start(
-            reparameterise(given, fresh, at=stage.init.reparameterise_at),
-            {**lineage, "reparameterised_at": stage.init.reparameterise_at},
+            reparameterise(
+                given, fresh, at=stage.init.reparameterise_at, shared_modulation=stage.init.shared_modulation
+            ),
+            {
+                **lineage,
+                "reparameterised_at": stage.init.reparameterise_at,
+                "shared_modulation": stage.init.shared_modulation,
+            },
         )
     return Start(_overlay(fresh, given, stage), lineage)
 
 
 def _handed_over(run: RunLayout, stage: StageConfig) -> tuple[State, dict[str, Any]]:
-    assert stage.init.stage is not None
     assert stage.init.weights is not None
     check_origin(run, stage)
-    state, lineage = read_handover(run.stage(stage.init.stage).handover, stage.init.weights)
-    return state, {
-        "source": stage.init.source,
-        "stage": stage.init.stage,
-        "weights": stage.init.weights,
-        "from": lineage,
-    }
+    found = read_handover(origin_of(run, stage), stage.init.weights)
+    about = {key: value for key in ("stage", "path") if (value := getattr(stage.init, key)) is not None}
+    return found.state, {"source": stage.init.source, **about, "weights": stage.init.weights, "from": found.lineage}
 
 
 def _overlay(fresh: State, given: State, stage: StageConfig) -> State:
-    """`given` laid upon `fresh`: only the size embedders may be new, and their last layer then starts at zero."""
-    new = [name for name in fresh if name not in given]
+    """`given` laid upon `fresh`. Imported weights may lack the null caption: the set's empty caption stays. Only the size
+    embedders may be new, and their last layer then starts at zero.
+    """
+    new = [name for name in fresh if name not in given and name != NULL_CAPTION]
     if new and all(name.startswith(SIZE_EMBEDDERS) for name in new):
         fresh = zero_size_embedders(fresh)
         new = []
@@ -79,7 +83,7 @@ def _overlay(fresh: State, given: State, stage: StageConfig) -> State:
     ]
     if problems:
         raise CheckpointError(
-            f"the handover of {stage.init.stage} does not fit the net of {stage.name}:\n"
+            f"the handover of {stage.init.stage or stage.init.path} does not fit the net of {stage.name}:\n"
             + "\n".join(f"  - {line}" for line in problems)
         )
     return {**fresh, **given}
@@ -88,5 +92,9 @@ def _overlay(fresh: State, given: State, stage: StageConfig) -> State:
 def net_of(stage: StageConfig) -> PixArt | DiT:
     """The stage's net, uninitialised, on the CPU in fp32."""
     return build(
-        stage.model, fp32_attention=stage.fp32_attention, checkpointed_blocks=stage.execution.checkpointed_blocks
+        stage.model,
+        fp32_attention=stage.fp32_attention,
+        attention_backend=stage.execution.attention_backend,
+        packed_text=stage.execution.packed_text,
+        checkpointed_blocks=stage.execution.checkpointed_blocks,
     )

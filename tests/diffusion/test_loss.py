@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pixart_ds.diffusion.loss import diffusion_loss, noisy
+from pixart_ds.diffusion.loss import diffusion_loss, min_snr_weight, noisy
 from pixart_ds.diffusion.schedule import Schedule
 
 BETA = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -104,3 +104,30 @@ def test_schedule_is_diffusers_linear_one() -> None:
             assert float(theirs._get_variance(t, predicted_variance=torch.tensor(position))) == pytest.approx(
                 table[t].item(), rel=1e-3
             )
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weighs_the_mse_alone(gamma: float) -> None:
+    parts = batch([0, 100, 500, 999])
+    plain, weighted = diffusion_loss(*parts), diffusion_loss(*parts, min_snr_gamma=gamma)
+    snr = ALPHA_BAR[parts[3]] / (1 - ALPHA_BAR[parts[3]])
+    wanted = snr.clamp(max=gamma) / snr  # Hang et al. 2023, for a prediction of the noise
+    assert min_snr_weight(parts[3], gamma).tolist() == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert wanted[0] < 1e-2
+    assert wanted[3] == 1
+    assert torch.equal(weighted.mse, plain.mse)
+    assert torch.equal(weighted.vlb, plain.vlb)
+    assert weighted.total.tolist() == pytest.approx((wanted * plain.mse + plain.vlb).tolist(), rel=1e-4)
+
+
+def test_tables_are_those_of_float64() -> None:
+    before = torch.cat([torch.ones(1, dtype=torch.float64), ALPHA_BAR[:-1]])
+    ours = Schedule.linear()
+    for made, wanted in (
+        (ours.signal, ALPHA_BAR.sqrt()),
+        (ours.noise, (1 - ALPHA_BAR).sqrt()),
+        (ours.log_beta, BETA.log()),
+        (ours.mean_of_clean, BETA * before.sqrt() / (1 - ALPHA_BAR)),
+        (ours.mean_of_noisy, (1 - before) * (1 - BETA).sqrt() / (1 - ALPHA_BAR)),
+    ):
+        assert torch.allclose(made.double(), wanted, rtol=1e-6, atol=0)

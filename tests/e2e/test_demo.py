@@ -73,12 +73,12 @@ def test_checkpoints_are_whole_and_sharded(demo: tuple[Path, str]) -> None:
         p.name for p in newest.iterdir()
     }
     reader = Reader(newest).verify()
-    handed, lineage = read_handover(stage.handover, "ema")
+    handed = read_handover(stage.handover, "ema")
     stored = reader.state_dict("ema")
-    assert set(stored) == set(handed)
-    assert all((stored[name] == value).all() for name, value in handed.items())
-    assert lineage["lineage"]["source"] == "reparameterise"
-    assert lineage["lineage"]["from"]["lineage"]["source"] == "scratch"
+    assert set(stored) == set(handed.state)
+    assert all((stored[name] == value).all() for name, value in handed.state.items())
+    assert handed.lineage["lineage"]["source"] == "reparameterise"
+    assert handed.lineage["lineage"]["from"]["lineage"]["source"] == "scratch"
     assert not [p for p in (demo[0] / "run").rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
 

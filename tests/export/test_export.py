@@ -15,8 +15,8 @@ from pixart_ds.encoders.text import T5Encoder
 from pixart_ds.errors import CheckpointError, ConfigError
 from pixart_ds.evaluate.generate import Wish, generate
 from pixart_ds.export.diffusers import export_pipeline, sample_export, transformer_of
-from pixart_ds.export.names import from_diffusers, to_diffusers
 from pixart_ds.model import build
+from pixart_ds.model.names import from_diffusers, to_diffusers
 from tests.model.test_nets import SIZES, inputs, randomised, small, small_dit
 
 ENCODERS = Path(__file__).resolve().parents[2] / "pixart_ds/demo/encoders"
@@ -75,21 +75,31 @@ def exported(folder: Path, micro: bool) -> tuple[Any, Any]:
         dict(net.state_dict()),
         vae=str(ENCODERS / "vae"),
         text_encoder=str(ENCODERS / "text"),
-        lineage={"stage": "x"},
+        about={"stage": "x"},
     )
     return config, net
 
 
-@pytest.mark.parametrize("micro", [False, True])
-def test_the_pipelines_picture_is_ours(tmp_path: Path, micro: bool) -> None:
+@pytest.mark.parametrize(
+    ("micro", "scheduler"),
+    [
+        (False, "DPMSolverMultistepScheduler"),
+        (True, "DPMSolverMultistepScheduler"),
+        (True, "DDIMScheduler"),
+        (True, "DDPMScheduler"),
+    ],
+)
+def test_the_pipelines_picture_is_ours(tmp_path: Path, micro: bool, scheduler: str) -> None:
     _, net = exported(tmp_path / "pipeline", micro)
     prompt, size = "a large red circle at the top left on a white background", (40, 56)
-    theirs = sample_export(tmp_path / "pipeline", prompt, size, guidance_scale=2.0, num_inference_steps=6, seed=3)
+    theirs = sample_export(
+        tmp_path / "pipeline", prompt, size, guidance_scale=2.0, num_inference_steps=6, seed=3, scheduler=scheduler
+    )
     text = T5Encoder(str(ENCODERS / "text"), 40)
     features, null = text.encode([prompt, ""])
     ours = generate(
         net.eval(), KLEncoder(str(ENCODERS / "vae")), [Wish(features, size, 3)], null_embeds=null,
-        guidance_scale=2.0, num_inference_steps=6, scheduler="DPMSolverMultistepScheduler",
+        guidance_scale=2.0, num_inference_steps=6, scheduler=scheduler,
     )[0]  # fmt: skip
     assert ours.shape == theirs.shape == (40, 56, 3)
     assert np.abs(ours.astype(int) - theirs).mean() < 1.0  # features are rounded to fp16 on our side
@@ -107,4 +117,4 @@ def test_an_export_replaces_its_like_and_nothing_else(tmp_path: Path) -> None:
         exported(tmp_path / "other", False)
     assert (tmp_path / "other/thesis.tex").exists()
     with pytest.raises(ConfigError, match="only PixArt nets can be exported"):
-        export_pipeline(tmp_path / "dit", small_dit(), {}, vae="", text_encoder="", lineage={})
+        export_pipeline(tmp_path / "dit", small_dit(), {}, vae="", text_encoder="", about={})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from tests.model.test_nets import randomised, small, small_dit
 
 
 def outputs(
-    pair: tuple[ModelConfig, ModelConfig], at: int, asked: float, side: int = 8
+    pair: tuple[ModelConfig, ModelConfig], at: int, asked: float, side: int = 8, shared: Any = "first"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DiT's output without its label, and the re-parameterised PixArt's."""
     dit, pixart = randomised(build(pair[0])), build(pair[1])
@@ -22,7 +24,7 @@ def outputs(
             if "x_embedder" not in name and "bias" not in name:
                 parameter.mul_(0.02 / 0.15 if pair[0].hidden_size > 1000 else 1)
         dit.y_embedder.embedding_table.weight.zero_()  # the label is left out of S⁽ⁱ⁾ (paper §2.3)
-        pixart.load_state_dict(reparameterise(dit.state_dict(), pixart.state_dict(), at=at))
+        pixart.load_state_dict(reparameterise(dit.state_dict(), pixart.state_dict(), at=at, shared_modulation=shared))
         x, t = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(5)), torch.full((2,), asked)
         captions = pair[1].caption_channels or 0
         return dit(x, t, torch.tensor([0, 1])), pixart(
@@ -30,9 +32,10 @@ def outputs(
         )
 
 
+@pytest.mark.parametrize("shared", ["first", "mean", 2])
 @pytest.mark.parametrize("at", [500, 100])
-def test_both_nets_agree_at_the_chosen_timestep(at: int) -> None:
-    one, two = outputs((small_dit(depth=4), small(depth=4)), at, float(at))
+def test_both_nets_agree_at_the_chosen_timestep(at: int, shared: Any) -> None:
+    one, two = outputs((small_dit(depth=4), small(depth=4)), at, float(at), shared=shared)
     assert (one - two).abs().max() < 1e-4 * one.abs().max()
 
 
@@ -62,6 +65,24 @@ def test_the_first_block_carries_the_shared_modulation_and_text_parts_are_new() 
     for name in ("blocks.1.cross_attn.kv_linear.weight", "y_embedder.y_proj.fc1.weight", "y_embedder.y_embedding"):
         assert torch.equal(state[name], pixart.state_dict()[name])
     assert set(state) == set(pixart.state_dict())
+
+
+@pytest.mark.parametrize(("shared", "number"), [("first", 0), (0, 0), (1, 1)])
+def test_the_shared_modulation_is_the_named_blocks(shared: Any, number: int) -> None:
+    dit, pixart = randomised(build(small_dit())), build(small())
+    initialise(pixart, 7)
+    state = reparameterise(dit.state_dict(), pixart.state_dict(), shared_modulation=shared)
+    assert torch.equal(state["t_block.1.bias"], dit.state_dict()[f"blocks.{number}.adaLN_modulation.1.bias"])
+    assert not state[f"blocks.{number}.scale_shift_table"].any()
+    assert state[f"blocks.{1 - number}.scale_shift_table"].any()
+
+
+def test_a_shared_mean_is_the_mean_of_all_blocks() -> None:
+    dit, pixart = randomised(build(small_dit())), build(small())
+    initialise(pixart, 7)
+    state = reparameterise(dit.state_dict(), pixart.state_dict(), shared_modulation="mean")
+    own = [dit.state_dict()[f"blocks.{number}.adaLN_modulation.1.weight"] for number in (0, 1)]
+    assert torch.allclose(state["t_block.1.weight"], (own[0] + own[1]) / 2)
 
 
 def test_nets_of_different_shapes_are_refused_with_every_key() -> None:
