@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -53,6 +54,95 @@ class Paper(_Closed):
     co2_note: str
 
 
+class Gpu(_Closed):
+    """One GPU that an estimate is made for, beside what the list of devices says of it."""
+
+    device: str
+    """Its key in the list of devices: power, price, peak in 16 bit."""
+    memory_gib: float
+    """What CUDA can allocate."""
+    peak_tflops_fp32: float
+    """Without tensor cores."""
+    gbytes_per_second: float
+    """Device memory."""
+    cache_mib: float
+    """Second-level cache."""
+    multiprocessors: int
+    gpu_link_gbytes_per_second: float
+    """To the other GPUs of its node, one way."""
+    node_link_gbytes_per_second: float
+    """From node to node, one way, shared by the GPUs of the node."""
+    bf16: bool
+    dated: str
+    source: str
+
+
+class Efficiency(_Closed):
+    """Which part of a peak is reached; one set for all stages, resolutions and GPUs."""
+
+    gemm: float
+    attention_fp32: float
+    attention_16bit: float
+    memory: float
+    link: float
+    seconds_per_micro_batch: float
+    seconds_per_step: float
+
+
+class Kernels(_Closed):
+    """Tiles of the memory-efficient attention kernels (CUTLASS), from their launch bounds."""
+
+    queries_per_block: int
+    blocks_per_multiprocessor: int
+    source: str
+
+
+class MemoryRule(_Closed):
+    """How much of a GPU's memory a plan may fill."""
+
+    usable: float
+    context_gib: float
+    source: str
+
+
+class Published(_Closed):
+    """What only the paper's runs had: their kernels and their storage."""
+
+    backward_blocks_per_multiprocessor: int
+    feed_mbytes_per_second: float
+    """For each GPU."""
+    overlapped_communication: float
+    """Part of the backward pass behind which the all-reduce can hide."""
+    source: str
+
+
+class PublishedStage(_Closed):
+    """One row of the paper's Table 4."""
+
+    kind: Literal["pixart", "dit"]
+    base_size: int
+    micro_conditions: bool
+    steps: int
+    batch_per_gpu: int
+    gpus: int
+
+    def images_per_second_per_gpu(self, gpu_days: float) -> float:
+        """The rate that steps, batch and GPU-days amount to."""
+        return self.steps * self.batch_per_gpu * self.gpus / (gpu_days * 86400)
+
+
+class EstimateRates(_Closed):
+    """What `pixart-ds estimate` reckons with."""
+
+    default_gpu: str
+    gpus: dict[str, Gpu]
+    efficiency: Efficiency
+    kernels: Kernels
+    memory: MemoryRule
+    published: Published
+    table4: dict[str, PublishedStage]
+
+
 class RateTable(_Closed):
     """The whole file."""
 
@@ -63,6 +153,7 @@ class RateTable(_Closed):
     default_country: str
     carbon: dict[str, Grid]
     paper: Paper
+    estimate: EstimateRates
 
 
 @cache

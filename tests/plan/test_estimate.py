@@ -1,0 +1,345 @@
+"""`pixart-ds estimate`: the model beside the paper, what fits, what is chosen, the command's answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pixart_ds.cli import main
+from pixart_ds.config.load import load_stage
+from pixart_ds.config.schema import StageConfig
+from pixart_ds.engine.world import World
+from pixart_ds.errors import ConfigError, MachineError
+from pixart_ds.plan import counts
+from pixart_ds.plan.counts import Net
+from pixart_ds.plan.estimate import Machines, estimate, estimate_stage
+from pixart_ds.plan.estimate_report import report
+from pixart_ds.plan.fit import (
+    fastest,
+    largest_micro_batch,
+    memory_bytes,
+    option,
+    shard_elements,
+    state_bytes,
+    usable_bytes,
+)
+from pixart_ds.plan.step_time import Cluster, Way, image_seconds, step_seconds, table4, traffic
+from pixart_ds.rates import rate_table
+from tests.helpers.launch import launch
+
+CHAIN = ["stage1", "stage2", "stage3_256", "stage3_512", "stage3_1024"]
+
+
+def cluster(gpu: str = "v100-32gb", nodes: int = 8, gpus_per_node: int = 8) -> Cluster:
+    about = rate_table().estimate.gpus[gpu]
+    return Cluster(about, rate_table().devices[about.device].peak_tflops_fp16, nodes, gpus_per_node)
+
+
+# ---- against the paper -----------------------------------------------------------------------------------------------
+
+
+def test_one_set_of_constants_gives_all_five_rates_of_table_4_within_20_percent() -> None:
+    rows = table4(rate_table())
+    assert [row["stage"] for row in rows] == CHAIN
+    assert [round(float(row["paper"]), 3) for row in rows] == [40.404, 29.431, 28.526, 9.259, 0.444]
+    assert max(abs(float(row["error"])) for row in rows) < 0.2
+
+
+def test_the_published_rows_are_those_of_the_recipes() -> None:
+    table = rate_table()
+    for name, row in table.estimate.table4.items():
+        stage = load_stage(name)
+        assert (row.kind, row.base_size, row.micro_conditions) == (
+            stage.model.kind,
+            stage.model.base_size,
+            stage.model.micro_conditions,
+        )
+        assert row.steps == stage.total_steps
+        assert row.gpus == stage.paper_gpus
+        assert row.gpus * row.batch_per_gpu == stage.global_batch_size
+        assert table.paper.gpu_days[name] == stage.paper_gpu_days
+
+
+def test_every_gpu_is_in_the_list_of_devices_and_dated() -> None:
+    table = rate_table()
+    assert {"v100-16gb", "v100-32gb", "a100-40gb", "a100-80gb", "h100", "h200"} == set(table.estimate.gpus)
+    assert all(gpu.device in table.devices and gpu.source and gpu.dated for gpu in table.estimate.gpus.values())
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def engine_bytes(world: World) -> dict[str, Any]:
+    """What the engine holds of a small PixArt on this rank, in each precision (run on several ranks)."""
+    from pixart_ds.config.deepspeed import load_deepspeed, merge
+    from pixart_ds.engine import deepspeed_compat
+    from pixart_ds.engine.deepspeed import Engine
+    from pixart_ds.model import build
+
+    answer: dict[str, Any] = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        stage = small_stage(precision)
+        net = build(stage.model)
+        engine = Engine.build(net, stage, world, merge(stage, load_deepspeed("zero2_cpu")))
+        reduced = deepspeed_compat.give_gradient(engine.net, 0)
+        buffers = sum(buffer.nbytes for buffer in engine.module.buffers())
+        answer[precision] = {
+            "weights": engine._zero.bit16_groups_flat[0].nbytes + buffers,
+            "gradients": engine._sum.nbytes,
+            "optimizer": sum(engine.shard(key).nbytes for key in ("master", "exp_avg", "exp_avg_sq")),
+            "ema": engine.shard("ema").nbytes,
+            "reduced": reduced.nbytes,
+            "own bucket": sum(len(bucket.buffer) for bucket in engine._zero.ipg_buckets.values()),
+            "partition": engine.layout.partition,
+        }
+    return answer
+
+
+def small_stage(precision: str) -> StageConfig:
+    sizes = ["depth=2", "hidden_size=36", "num_heads=3", "caption_channels=11", "max_tokens=7", "base_size=4"]
+    return load_stage("stage2", [*(f"model.{size}" for size in sizes), f"precision={precision}"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [1, 3])
+def test_state_bytes_are_the_engines_to_the_byte(size: int) -> None:
+    for rank in launch(engine_bytes, size):
+        for precision, found in rank.items():
+            net = Net.of(small_stage(precision).model)
+            count = sum(counts.parameters(net).values())
+            formula = state_bytes(net, precision, size)
+            assert {part: formula[part] for part in ("weights", "gradients", "optimizer", "ema")} == {
+                part: found[part] for part in ("weights", "gradients", "optimizer", "ema")
+            }
+            assert shard_elements(count, size) == found["partition"]
+            fresh = counts.BYTES[precision] * counts.largest_parameter(net)
+            assert formula["buckets"] == found["reduced"] + fresh
+            assert found["own bucket"] == 0
+
+
+def test_the_shards_are_a_sixty_fourth_at_full_size() -> None:
+    net = Net.of(load_stage("stage2").model)
+    made = state_bytes(net, "fp16", 64)
+    assert shard_elements(610_856_096, 64) == 9_544_628
+    assert made["optimizer"] + made["ema"] == 16 * 9_544_628
+    assert made["gradients"] == 4 * 610_856_192
+    assert made["weights"] == 2 * 610_856_192 + 4 * 120 * 4096
+
+
+@pytest.mark.parametrize("gpu", ["v100-16gb", "v100-32gb", "h200"])
+@pytest.mark.parametrize("blocks", [0, 10, 28])
+def test_the_largest_micro_batch_fits_and_one_more_does_not(gpu: str, blocks: int) -> None:
+    net, machines, way = Net.of(load_stage("stage3_512").model), cluster(gpu), Way("fp16", blocks)
+    most = largest_micro_batch(net, way, machines)
+    assert memory_bytes(net, way, most, 64)["total"] <= usable_bytes(machines)
+    assert memory_bytes(net, way, most + 1, 64)["total"] > usable_bytes(machines)
+
+
+def test_the_paper_batch_fits_16_gib_with_all_blocks_checkpointed_only() -> None:
+    stage = load_stage("stage2")
+    net, machines = Net.of(stage.model), cluster("v100-16gb")
+    assert largest_micro_batch(net, Way("fp16", 28), machines) >= 178
+    assert 1 <= largest_micro_batch(net, Way("fp16", 0), machines) < 60
+
+
+# ---- the choice and the time -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", CHAIN)
+@pytest.mark.parametrize("gpu", ["v100-16gb", "a100-80gb"])
+def test_nothing_that_fits_is_faster_than_what_is_chosen(recipe: str, gpu: str) -> None:
+    stage, machines = load_stage(recipe), cluster(gpu)
+    net = Net.of(stage.model)
+    chosen = fastest(stage, net, machines)
+    for blocks in range(0, 29, 4):
+        for size in (1, 3, 8, 30, 200):
+            other = option(stage, net, blocks, machines, size)
+            if other["fits"]:
+                assert chosen["step_seconds"]["total"] <= other["step_seconds"]["total"] * (1 + 1e-9)
+
+
+def test_a_fuller_gpu_checkpoints_more() -> None:
+    """At 1024 px 16 GiB hold fewer pictures than a rank's share without recomputing; the H200 holds all."""
+    stage = load_stage("stage3_1024")
+    blocks = [
+        fastest(stage, Net.of(stage.model), cluster(gpu, 4))["checkpointed_blocks"] for gpu in ("v100-16gb", "h200")
+    ]
+    assert blocks[1] == 0
+    assert blocks[0] >= blocks[1]
+
+
+def test_traffic_is_three_copies_of_the_weights() -> None:
+    net = Net.of(load_stage("stage2").model)
+    made = traffic(net, "fp16", 4)
+    assert made["psi"] == 2 * 610_856_096
+    assert made["ours"] == 3 * made["psi"]
+    assert made["deepspeed_zero2"] == 9 * made["psi"]
+    assert traffic(net, "fp16", 1)["deepspeed_zero2"] == 3 * made["psi"]
+    assert traffic(net, "fp32", 1)["ours"] == 8 * 610_856_096
+
+
+def test_one_gpu_sends_nothing_and_slower_links_cost_more() -> None:
+    net, way, rates = Net.of(load_stage("stage2").model), Way("fp16", 0), rate_table().estimate
+    alone, node, many = (
+        step_seconds(net, way, 100, 50, cluster(nodes=nodes, gpus_per_node=each), rates)["communication"]
+        for nodes, each in ((1, 1), (1, 8), (8, 8))
+    )
+    assert alone == 0
+    assert 0 < node < many
+    assert many == pytest.approx(3 * 2 * 610_856_096 * 63 / 64 / (12.5e9 * 0.8))
+
+
+def test_fp32_attention_and_recomputing_cost_time() -> None:
+    net, rates = Net.of(load_stage("stage3_1024").model), rate_table().estimate
+    plain, again, wide = (
+        sum(image_seconds(net, way, 4, cluster(), rates).values())
+        for way in (Way("fp16", 0), Way("fp16", 28), Way("fp16", 0, fp32_attention=True))
+    )
+    assert 1.2 < again / plain < 1.34
+    assert wide / plain > 1.5
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["estimate", *words, "--json"]) == 0
+    values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def test_a_stage_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    values = answer(capsys, "stage2")
+    assert values["parameters"] == 610_856_096
+    assert values["training_flops_per_image"] == pytest.approx(3 * 298.1e9, rel=0.005)
+    memory = values["memory_bytes"]
+    assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
+    assert memory["total"] <= values["usable_bytes"] < values["capacity_bytes"]
+    assert values["gpus"] == 64
+    seconds = values["step_seconds"]
+    assert seconds["total"] == pytest.approx(sum(value for part, value in seconds.items() if part != "total"))
+    assert values["gpu_days"] == pytest.approx(150_000 * seconds["total"] * 64 / 86400)
+    assert values["images_per_second_per_gpu"] == pytest.approx(178 / seconds["total"])
+    assert values["table4_error"] < 0.2
+    rates = values["assumptions"]["rates"]
+    assert values["kwh"] == pytest.approx(values["gpu_days"] * 24 * rates["watts"] / 1000 * rates["pue"])
+    assert values["dollars"] == pytest.approx(values["gpu_days"] * 24 * rates["price_per_hour"])
+    assert values["kg_co2e"] == pytest.approx(values["kwh"] * rates["grams_per_kwh"] / 1000)
+    assert {"all", "none", "recipe"} == set(values["options"])
+
+
+def test_a_chain_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    values = answer(capsys, "chain")
+    assert [stage["stage"] for stage in values["stages"]] == CHAIN
+    assert values["paper_gpu_days"] == 1656
+    assert values["total_gpu_days"] == pytest.approx(sum(stage["gpu_days"] for stage in values["stages"]))
+    assert [stage["gpus"] for stage in values["stages"]] == [8, 64, 64, 64, 32]
+    assert values["table4_error"] == max(abs(row["error"]) for row in values["table4"]) < 0.2
+
+
+def test_options_and_overrides_are_heeded(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = answer(capsys, "stage2")
+    other = answer(
+        capsys, "stage2", "--gpu", "h100", "--nodes", "2", "--gpus-per-node", "4", "--set", "length.steps=75000",
+        "--country", "FRA", "--pue", "1.5", "--price", "2",
+    )  # fmt: skip
+    assert (other["gpus"], other["nodes"], other["steps"]) == (8, 2, 75_000)
+    assert other["dollars"] == pytest.approx(other["gpu_days"] * 24 * 2)
+    rates = other["assumptions"]["rates"]
+    assert (rates["pue"], rates["grams_per_kwh"], rates["device"]) == (1.5, 56, "h100")
+    assert other["images_per_second_per_gpu"] > plain["images_per_second_per_gpu"]
+    slow = answer(capsys, "stage3_1024", "--set", "paper=true")
+    assert slow["fp32_attention"] is True
+    assert slow["images_per_second_per_gpu"] < answer(capsys, "stage3_1024")["images_per_second_per_gpu"]
+    chained = answer(capsys, "chain", "--set", "stage2.length.steps=1000", "--nodes", "1")
+    assert [stage["gpus"] for stage in chained["stages"]] == [8] * 5
+    assert chained["stages"][1]["steps"] == 1000
+
+
+def test_the_text_fits_a_terminal_and_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["stage2"],
+        ["chain"],
+        ["demo/chain"],
+        ["stage3_1024", "--gpu", "v100-16gb"],
+        ["stage1", "--gpu", "h200"],
+    ):
+        assert main(["estimate", *words]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 120
+        assert (
+            text.index("held against the paper") < text.index("Projection, never measured") < text.index("Assumptions")
+        )
+        for assumed in ("PUE 1.2", "g CO2e/kWh", "92 %", "TFLOP/s", "an hour (2026-05)"):
+            assert assumed in text
+
+
+def test_the_paper_total_stands_beside_the_chains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "chain"]) == 0
+    (together,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  together"))
+    assert "1,656" in together
+
+
+def test_an_unknown_gpu_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "stage2", "--gpu", "v100"]) == 2
+    text = capsys.readouterr().err
+    assert "there is no GPU 'v100' in the table" in text
+    assert "v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h200" in text
+
+
+def test_bf16_on_a_v100_is_refused() -> None:
+    with pytest.raises(ConfigError, match="v100-32gb has no bf16 units"):
+        estimate("stage2", ["precision=bf16"], Machines())
+    assert estimate("stage2", ["precision=bf16"], Machines(gpu="a100-40gb"))["fits"]
+
+
+def test_what_does_not_fit_is_exit_code_3_for_a_stage_and_a_row_for_a_chain(capsys: pytest.CaptureFixture[str]) -> None:
+    huge = ["model.hidden_size=4608", "model.num_heads=64"]
+    words = [word for text in huge for word in ("--set", text)]
+    assert main(["estimate", "stage3_1024", "--gpu", "v100-16gb", *words]) == 3
+    text = capsys.readouterr().err
+    assert "stage3_1024 does not fit v100-16gb: one picture at a time with all blocks checkpointed needs" in text
+    assert "the largest part is gradients" in text
+    with pytest.raises(MachineError):
+        estimate("stage3_1024", huge, Machines(gpu="v100-16gb"))
+    values = estimate("chain", [f"*.{text}" for text in huge], Machines(gpu="v100-16gb"))
+    assert values["total_gpu_days"] is None
+    assert not values["stages"][4]["fits"]
+    text = report(values)
+    assert "does not fit: one picture needs" in text
+    assert "not to be had: a stage does not fit" in text
+
+
+def test_a_demo_stage_is_estimated_in_fp32() -> None:
+    values = estimate_stage(load_stage("demo/stage3_1024"), Machines(nodes=1, gpus_per_node=2))
+    assert values["precision"] == "fp32"
+    assert values["fits"]
+    assert 0 < values["gpu_days"] < 0.1
+
+
+def test_help_names_every_option_and_needs_no_heavy_library() -> None:
+    code = (
+        "import sys\nfrom pixart_ds.cli import main\n"
+        "try:\n    main(['estimate', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'numpy', 'yaml', 'pydantic'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("--gpu", "--nodes", "--gpus-per-node", "--set", "--country", "--pue", "--price", "--json"):
+        assert word in done.stdout
+
+
+def test_it_answers_without_torch() -> None:
+    code = (
+        "import sys\nfrom pixart_ds.cli import main\nassert main(['estimate', 'chain', '--json']) == 0\n"
+        "heavy = {'torch', 'deepspeed', 'diffusers', 'transformers', 'streaming'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
