@@ -139,6 +139,32 @@ def test_the_next_commands_that_it_prints_work(demo: tuple[Path, str], tmp_path:
     assert json.loads((tmp_path / "x/pixart_ds.json").read_text())["weights"] == "raw"
 
 
+def test_weights_go_out_of_a_sharded_checkpoint_and_come_back(demo: tuple[Path, str], tmp_path: Path) -> None:
+    run = demo[0] / "run"
+    (newest, *_) = sorted(RunLayout(run).stage("stage2").checkpoints.iterdir(), reverse=True)
+    for weights in ("raw", "ema"):
+        out = tmp_path / weights
+        assert call("export", newest, "--weights", weights, "--out", out).returncode == 0
+        assert call("import", out, "--out", tmp_path / f"back-{weights}").returncode == 0
+        stored = Reader(newest).state_dict("master" if weights == "raw" else "ema")
+        back = read_handover(tmp_path / f"back-{weights}", "raw").state
+        assert stored.keys() == back.keys()
+        assert all((stored[name] == value).all() for name, value in back.items())
+    asked = ("--prompt", "a red circle", "--weights", "ema", "--out")
+    for number, source in enumerate((newest, tmp_path / "ema")):
+        assert call("sample", source, *asked, tmp_path / f"{number}.png").returncode == 0
+    assert call("sample", RunLayout(run).stage("stage2").handover, *asked, tmp_path / "2.png").returncode == 0
+    # a new run goes on from them
+    sets = ("--set", f"*.data.sets=[{{path: {demo[0] / 'data'}}}]")
+    other = ("--set", f"stage2.init={{source: handover, path: {tmp_path / 'back-raw'}, weights: raw}}")
+    assert call("create", tmp_path / "run", "--chain", "smoke/chain", *sets, *other).returncode == 0
+    answer = call("train", tmp_path / "run", "stage2", "--device", "cpu", "--processes", "1")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "starts from the raw weights of" in answer.stdout
+    lineage = read_handover(tmp_path / "run/stage2/handover", "ema").lineage
+    assert lineage["lineage"]["from"]["from"]["lineage"]["source"] == "reparameterise"
+
+
 def test_bad_data_is_told_before_a_process_starts(demo: tuple[Path, str], tmp_path: Path) -> None:
     shard = demo[0] / "data/latents-32-square/part-00003/shard.00000.mds"
     run = tmp_path / "run"
