@@ -199,6 +199,20 @@ class OptimizerConfig(Section):
         return self.learning_rate * factor
 
 
+class CacheConfig(Section):
+    """Where a node keeps the shards that it reads. A set's own place is never written to."""
+
+    mode: Literal["node-job", "node-persistent", "shared"] = "node-job"
+    """node-job: on the node's disk, removed when the job's last rank leaves; node-persistent: kept there for later jobs, and shared
+    by those that run at the same time; shared: no copy, a set in a folder is read in place."""
+    folder: str | None = None
+    """On a disk of the node's own; by default in $TMPDIR (else /tmp), one for each user."""
+    limit_gb: PositiveFloat | None = None
+    """10⁹ bytes that all sets in the folder may take together; without it, as many as the disk holds."""
+    patience_seconds: PositiveFloat = 120.0
+    """How long a store that does not answer is asked again before the stage ends with an error."""
+
+
 class ExecutionConfig(Section):
     """How a rank runs its share. It may change between attempts: the result does not depend on it but for rounding."""
 
@@ -211,6 +225,8 @@ class ExecutionConfig(Section):
     for them, and math, to which torch may turn silently, needs memory for every pair of tokens. auto leaves it to torch."""
     packed_text: bool = False
     """Cross-attention over each caption's real tokens end to end, instead of padded captions under a mask."""
+    cache: CacheConfig = CacheConfig()
+    """Where the node keeps the shards that it reads."""
     deepspeed: str = "zero2_fp16"
     """Name of a file in ds_configs/ (without .json) or a path."""
 

@@ -1,4 +1,4 @@
-"""Reading MDS shards: the index as arrays, and single samples by position, checked against their hashes.
+"""Reading MDS shards: the index as arrays, and single samples by position.
 
 A shard is `u32 n | u32 offsets[n + 1] | JSON header | samples`, offsets from the file's start. A sample is one u32 for each column
 of variable size, then the columns in the index's sequence, which is sorted by name.
@@ -9,161 +9,217 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from pixart_ds import files
 from pixart_ds.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
-_PREPARE_AGAIN = "prepare the set again into a new folder, or restore the file from a copy"
+PREPARE_AGAIN = "prepare the set again into a new folder, or restore the file from a copy"
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    """One shard as the index describes it."""
+class ShardIndex:
+    """The shards of one index.json, as arrays: there may be hundreds of thousands.
 
-    path: Path
-    samples: int
-    size_bytes: int
-    xxh3: str
-
-
-class ShardSet:
-    """The shards of one folder with an index.json.
-
-    Args:
-        folder: Holds index.json and the shards that it names.
-
-    Raises:
-        DataError: The index is missing, unreadable, or of another kind than `prepare` writes.
+    Attributes:
+        names: Of the files, from the index's folder.
+        samples: (n,) samples of each.
+        sizes: (n,) bytes of each.
+        hashes: xxh3_64 of each, hexadecimal.
+        columns: Names of a sample's columns.
+        column_sizes: Bytes of each column, None where they vary.
+        fingerprint: Hash of the whole index.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shards = files.read_json(folder / "index.json", remedy="finish preparing the set")["shards"]
+    names: list[str]
+    samples: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    hashes: list[str]
+    columns: tuple[str, ...]
+    column_sizes: tuple[int | None, ...]
+    fingerprint: str
+
+    @classmethod
+    def parse(cls, raw: bytes, where: Path) -> ShardIndex:
+        """The index of an index.json's content.
+
+        Raises:
+            DataError: It is unreadable, or of another kind than `prepare` writes.
+        """
+        shards = files.parse_json(raw, where, remedy=PREPARE_AGAIN)["shards"]
         try:
-            self.shards = [self._shard(entry) for entry in shards]
-            kinds = {(tuple(entry["column_names"]), tuple(entry["column_sizes"])) for entry in shards}
+            kinds = {
+                (s["format"], s["compression"], tuple(s["column_names"]), tuple(s["column_sizes"])) for s in shards
+            }
+            hashes = [s["raw_data"]["hashes"]["xxh3_64"] for s in shards]
         except (KeyError, TypeError) as cause:
             raise DataError(
-                f"the index is not one of plain MDS shards with xxh3_64 hashes: {cause!r}", where=folder
+                f"the index is not one of plain MDS shards with xxh3_64 hashes: {cause!r}", where=where
             ) from cause
-        if len(kinds) > 1:
-            raise DataError(f"the index holds shards of {len(kinds)} kinds", where=folder, remedy=_PREPARE_AGAIN)
-        names, self.sizes = next(iter(kinds)) if kinds else ((), ())
-        self.columns: tuple[str, ...] = names
+        if len(kinds) != 1:
+            raise DataError(f"the index holds shards of {len(kinds)} kinds", where=where, remedy=PREPARE_AGAIN)
+        form, compression, columns, sizes = next(iter(kinds))
+        if form != "mds" or compression is not None:
+            raise DataError(f"shards must be uncompressed MDS, not {form} with {compression}", where=where)
+        return cls(
+            names=[s["raw_data"]["basename"] for s in shards],
+            samples=np.array([s["samples"] for s in shards], np.int64),
+            sizes=np.array([s["raw_data"]["bytes"] for s in shards], np.int64),
+            hashes=hashes,
+            columns=columns,
+            column_sizes=sizes,
+            fingerprint=xxhash.xxh3_128_hexdigest(raw),
+        )
 
-    def _shard(self, entry: dict[str, Any]) -> ShardFile:
-        raw = entry["raw_data"]
-        if entry["format"] != "mds" or entry["zip_data"] is not None:
-            raise KeyError("shards must be uncompressed MDS")
-        return ShardFile(self.folder / raw["basename"], entry["samples"], raw["bytes"], raw["hashes"]["xxh3_64"])
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def damage(descriptor: int, index: ShardIndex, number: int) -> str | None:
+    """What is wrong with a shard's file, by size and hash; None if it is whole. Reading it warms the page cache."""
+    size = os.fstat(descriptor).st_size
+    if size != index.sizes[number]:
+        return f"{size} bytes instead of {index.sizes[number]}"
+    digest, at, buffer = xxhash.xxh3_64(), 0, bytearray(_CHUNK_BYTES)
+    while count := os.preadv(descriptor, [buffer], at):  # in small pieces: hashing holds the interpreter's lock
+        digest.update(memoryview(buffer)[:count])
+        at += count
+    if digest.hexdigest() != index.hashes[number]:
+        return f"its xxh3 hash is {digest.hexdigest()} instead of {index.hashes[number]}"
+    return None
+
+
+class OpenShard:
+    """A whole shard, open for reading; closed when nobody holds it any more.
+
+    Args:
+        descriptor: Of its file; the shard closes it.
+        index, number: Which shard.
+        name: For errors.
+    """
+
+    def __init__(self, descriptor: int, index: ShardIndex, number: int, name: object) -> None:
+        self._descriptor, self._index, self.name = descriptor, index, name
+        self._heads = struct.Struct(f"<{sum(size is None for size in index.column_sizes)}I")
+        (count,) = struct.unpack("<I", os.pread(descriptor, 4, 0))
+        self._offsets = np.frombuffer(os.pread(descriptor, 4 * (count + 1), 4), "<u4").tolist()
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def sizes(self, row: int) -> list[int]:
+        """Bytes of each column of a sample."""
+        if not 0 <= row < len(self):
+            raise DataError(f"there is no row {row} among {len(self)}", where=self.name)
+        begin = self._offsets[row]
+        heads = iter(self._heads.unpack(os.pread(self._descriptor, self._heads.size, begin)))
+        sizes = [next(heads) if size is None else size for size in self._index.column_sizes]
+        length = self._offsets[row + 1] - begin
+        if self._heads.size + sum(sizes) != length:
+            raise DataError(
+                f"row {row} has {length} bytes, its columns {self._heads.size + sum(sizes)}",
+                where=self.name,
+                remedy=PREPARE_AGAIN,
+            )
+        return sizes
+
+    def read_into(self, row: int, places: Sequence[memoryview | bytearray]) -> None:
+        """Reads a sample's columns, one into each place, of exactly the sizes that `sizes` gave, in one read."""
+        try:
+            count = os.preadv(self._descriptor, places, self._offsets[row] + self._heads.size)
+        except OSError as cause:
+            raise DataError(
+                f"row {row} cannot be read: {cause.strerror}", where=self.name, remedy="look after the disk"
+            ) from cause
+        wanted = sum(len(place) for place in places)
+        if count != wanted:
+            raise DataError(f"row {row}: {count} bytes instead of {wanted}", where=self.name, remedy=PREPARE_AGAIN)
+
+    def read(self, row: int) -> dict[str, memoryview]:
+        """The columns of one sample, by name."""
+        places = [memoryview(bytearray(size)) for size in self.sizes(row)]
+        self.read_into(row, places)
+        return dict(zip(self._index.columns, places, strict=True))
+
+
+class ShardSource(Protocol):
+    """Whole shards of one index, wherever they are."""
+
+    index: ShardIndex
+
+    def open(self, number: int) -> OpenShard:
+        """Raises DataError with shard and remedy."""
+        ...
+
+    def stop(self) -> None:
+        """Ends waiting, with an error."""
+        ...
+
+    def close(self) -> None:
+        """After the last `open`."""
+        ...
+
+
+class FolderSource:
+    """Shards that are read in place. Each is hashed when it is first opened."""
+
+    def __init__(self, index: ShardIndex, folder: Path) -> None:
+        self.index, self.folder = index, folder
+        self._sound: set[tuple[int, int, int]] = set()
+        self._lock = threading.Lock()
+
+    def open(self, number: int) -> OpenShard:
+        path = self.folder / self.index.names[number]
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as cause:
+            raise DataError(
+                f"the shard cannot be opened: {cause.strerror}", where=path, remedy=PREPARE_AGAIN
+            ) from cause
+        about = os.fstat(descriptor)
+        key = (number, about.st_ino, about.st_mtime_ns)
+        if key not in self._sound:
+            if (what := damage(descriptor, self.index, number)) is not None:
+                os.close(descriptor)
+                raise DataError(f"the shard is damaged: {what}", where=path, remedy=PREPARE_AGAIN)
+            with self._lock:
+                self._sound.add(key)
+        return OpenShard(descriptor, self.index, number, path)
+
+    def stop(self) -> None:
+        """Nothing is waited for."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def check_files(self) -> None:
         """Raises DataError naming the first shard that is missing or has another size than the index says, and how many are."""
         problems = []
-        for shard in self.shards:
+        for name, wanted in zip(self.index.names, self.index.sizes.tolist(), strict=True):
+            path = self.folder / name
             try:
-                size = shard.path.stat().st_size
+                size = path.stat().st_size
             except FileNotFoundError:
-                problems.append(f"{shard.path} is missing")
+                problems.append(f"{path} is missing")
                 continue
-            if size != shard.size_bytes:
-                problems.append(f"{shard.path} has {size} bytes instead of {shard.size_bytes}")
+            if size != wanted:
+                problems.append(f"{path} has {size} bytes instead of {wanted}")
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise DataError(f"{problems[0]}{more}", where=self.folder, remedy=_PREPARE_AGAIN)
+            raise DataError(f"{problems[0]}{more}", where=self.folder, remedy=PREPARE_AGAIN)
 
 
-class OpenShard:
-    """A shard that was found whole; samples are read by position. Closed when nobody holds it any more.
-
-    Raises:
-        DataError: The file is missing, truncated, or its bytes are not those that were written.
-    """
-
-    def __init__(self, shard: ShardFile, sizes: tuple[int | None, ...], columns: tuple[str, ...]) -> None:
-        self.shard, self.columns, self._sizes = shard, columns, sizes
-        self._heads = sum(size is None for size in sizes)
-        try:
-            self._descriptor = os.open(shard.path, os.O_RDONLY)
-        except OSError as cause:
-            raise DataError(
-                f"the shard cannot be opened: {cause.strerror}", where=shard.path, remedy=_PREPARE_AGAIN
-            ) from cause
-        self._check()
-        (count,) = struct.unpack("<I", os.pread(self._descriptor, 4, 0))
-        self._offsets = np.frombuffer(os.pread(self._descriptor, 4 * (count + 1), 4), "<u4").tolist()
-
-    def __del__(self) -> None:
-        if (descriptor := getattr(self, "_descriptor", None)) is not None:
-            os.close(descriptor)
-
-    def _check(self) -> None:
-        digest, at, buffer = xxhash.xxh3_64(), 0, bytearray(_CHUNK_BYTES)
-        while count := os.preadv(self._descriptor, [buffer], at):
-            digest.update(memoryview(buffer)[:count])
-            at += count
-        if digest.hexdigest() != self.shard.xxh3:
-            raise DataError(
-                f"the shard is damaged: its xxh3 hash is {digest.hexdigest()} instead of {self.shard.xxh3}",
-                where=self.shard.path,
-                remedy=_PREPARE_AGAIN,
-            )
-
-    def read(self, row: int) -> dict[str, memoryview]:
-        """The columns of one sample, by name, in one read."""
-        if not 0 <= row < len(self._offsets) - 1:
-            raise DataError(f"there is no row {row} among {len(self._offsets) - 1}", where=self.shard.path)
-        begin, end = self._offsets[row], self._offsets[row + 1]
-        data = memoryview(os.pread(self._descriptor, end - begin, begin))
-        heads = iter(struct.unpack_from(f"<{self._heads}I", data))
-        at = 4 * self._heads
-        values = {}
-        for name, size in zip(self.columns, self._sizes, strict=True):
-            length = next(heads) if size is None else size
-            values[name] = data[at : at + length]
-            at += length
-        if at != len(data):
-            raise DataError(
-                f"row {row} has {len(data)} bytes, its columns {at}", where=self.shard.path, remedy=_PREPARE_AGAIN
-            )
-        return values
-
-
-class ShardCache:
-    """Open shards of several sets, the least recently used closed first; each is hashed once when it is opened.
-
-    Args:
-        capacity: Shards that stay open. One that is being read is closed only afterwards.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._open: OrderedDict[Path, OpenShard] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, shards: ShardSet, number: int) -> OpenShard:
-        """The `number`-th shard of a set."""
-        shard = shards.shards[number]
-        with self._lock:
-            if (found := self._open.get(shard.path)) is not None:
-                self._open.move_to_end(shard.path)
-                return found
-        made = OpenShard(shard, shards.sizes, shards.columns)  # two threads may both open it: one copy is dropped
-        with self._lock:
-            self._open[shard.path] = made
-            while len(self._open) > self.capacity:
-                self._open.popitem(last=False)
-        return made
-
-    def clear(self) -> None:
-        """Lets go of all shards."""
-        with self._lock:
-            self._open.clear()
+def int_of(column: Any) -> int:
+    """The value of an `int` column."""
+    return int.from_bytes(column, "little", signed=True)

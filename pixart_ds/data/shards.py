@@ -14,6 +14,7 @@ nearest aspect ratio. Everything is plain MDS: a stock `StreamingDataset` reads 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -29,8 +30,10 @@ from pydantic import BaseModel, ConfigDict
 
 from pixart_ds import files
 from pixart_ds.config.schema import SetConfig, StageConfig
-from pixart_ds.data.mds import ShardSet
-from pixart_ds.errors import DataError
+from pixart_ds.data.cache import CacheOptions, ShardCache
+from pixart_ds.data.mds import FolderSource, ShardIndex, ShardSource
+from pixart_ds.data.store import Store, StoreError, is_remote, open_store
+from pixart_ds.errors import ConfigError, DataError
 from pixart_ds.plan.order import SetRows
 from pixart_ds.plan.random import key_of, permutation, raw_words
 
@@ -242,8 +245,6 @@ class SetWriter:
         files.write_json(self.folder / "manifest.json", manifest)
 
     def _write_rows(self, groups: Sequence[dict[str, Any]]) -> None:
-        import io
-
         buffer = io.BytesIO()
         columns = {name: [value for group in groups for value in group["rows"][name]] for name in groups[0]["rows"]}
         np.savez(
@@ -279,7 +280,8 @@ class PreparedSet:
     """A finished set, opened for reading.
 
     Attributes:
-        path: Its folder.
+        path: Its folder or address.
+        store: What reads there.
         description: What its rows are made of.
         partitions: (groups,) index of each row group's aspect ratio.
         counts: (groups,) rows of each.
@@ -287,40 +289,45 @@ class PreparedSet:
         fingerprint: Identifies the content.
     """
 
-    path: Path
+    path: str
+    store: Store
     description: SetDescription
     partitions: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
     parts: npt.NDArray[np.int64]
     fingerprint: str
-    _shard_sets: dict[str, ShardSet] = field(default_factory=dict, repr=False, compare=False)
+    _indexes: dict[str, ShardIndex] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> PreparedSet:
-        """Opens a set.
+    def open(cls, path: str | Path) -> PreparedSet:
+        """Opens a set in a folder or under an s3:// address.
 
         Raises:
-            DataError: There is none, it was not finished, or it was written by a later version.
+            DataError: There is none, it was not finished, it was written by a later version, or its store cannot be read.
         """
-        if "://" in str(path) or str(path).startswith(("s3:", "gs:")):
-            raise DataError(
-                f"{path} is an object store; sets are read from local or shared folders only",
-                remedy="copy the set to a file system that all nodes see, and give that path",
-            )
-        if not path.is_dir():
+        store = open_store(path)
+        if not is_remote(path) and not Path(path).is_dir():
             raise DataError(
                 "there is no prepared set: the folder does not exist",
-                where=path.resolve(),
+                where=Path(path).resolve(),
                 remedy="prepare one with `pixart-ds prepare`, or correct data.sets.…path in the recipe",
             )
-        manifest = files.read_json(
-            path / "manifest.json", remedy="the set was not finished: run the same `pixart-ds prepare` again"
-        )
+        try:
+            manifest = files.parse_json(store.read("manifest.json"), Path("manifest.json"))
+        except StoreError as error:
+            if not error.missing:
+                raise
+            raise DataError(
+                f"there is no finished set: {error.what}",
+                where=error.where,
+                remedy="correct data.sets.…path in the recipe, or finish the set: run the same `pixart-ds prepare` again, or `upload`",
+            ) from error
         if manifest.get("format") != FORMAT:
             raise DataError(f"the set has format {manifest.get('format')}; this version reads {FORMAT}", where=path)
         groups = manifest["groups"]
         return cls(
-            path=path,
+            path=str(path),
+            store=store,
             description=SetDescription.model_validate(manifest["description"]),
             partitions=np.array([group["partition"] for group in groups], np.int64),
             counts=np.array([group["count"] for group in groups], np.int64),
@@ -332,21 +339,46 @@ class PreparedSet:
     def num_samples(self) -> int:
         return int(self.counts.sum())
 
-    def shard_set(self, name: str) -> ShardSet:
-        """The shards of `captions`, or of the latents of that name; all files are there and have the right size.
+    def index(self, name: str) -> ShardIndex:
+        """The shards of `captions`, or of the latents of that name; in a folder, all are there and have the right size.
 
         Raises:
             DataError: The name is unknown, or a shard is missing or truncated.
         """
-        if name not in self._shard_sets:
-            if name != "captions":
-                self._latents_info(name)
-            shards = ShardSet(self.path / ("captions" if name == "captions" else f"latents-{name}"))
-            if [shard.samples for shard in shards.shards] != self.counts.tolist():
-                raise DataError("the index and the manifest disagree about the row groups", where=shards.folder)
-            shards.check_files()
-            self._shard_sets[name] = shards
-        return self._shard_sets[name]
+        if name not in self._indexes:
+            folder = self._folder(name)
+            index = ShardIndex.parse(self.store.read(f"{folder}/index.json"), Path(self.path) / folder / "index.json")
+            if not np.array_equal(index.samples, self.counts):
+                raise DataError(
+                    "the index and the manifest disagree about the row groups", where=f"{self.path}/{folder}"
+                )
+            if not is_remote(self.path):
+                FolderSource(index, Path(self.path) / folder).check_files()
+            self._indexes[name] = index
+        return self._indexes[name]
+
+    def source(self, name: str, cache: CacheOptions | None) -> ShardSource:
+        """The same shards, to be opened: through a node's cache, or in place.
+
+        Raises:
+            ConfigError: A set in an object store cannot be read in place.
+        """
+        index, folder = self.index(name), self._folder(name)
+        if cache is not None:
+            return ShardCache(index, open_store(f"{self.path}/{folder}"), cache)
+        if is_remote(self.path):
+            raise ConfigError(
+                f"{self.path} cannot be read in place: it is an object store",
+                where="execution.cache.mode",
+                remedy="set it to node-job or node-persistent",
+            )
+        return FolderSource(index, Path(self.path) / folder)
+
+    def _folder(self, name: str) -> str:
+        if name == "captions":
+            return name
+        self._latents_info(name)
+        return f"latents-{name}"
 
     def _latents_info(self, name: str) -> LatentsInfo:
         info = self.description.latents.get(name)
@@ -364,8 +396,8 @@ class PreparedSet:
             DataError: The latents are unknown, a shard is missing, or nothing is left.
         """
         info = self._latents_info(latents)
-        self.shard_set("captions")
-        self.shard_set(latents)
+        self.index("captions")
+        self.index(latents)
         buckets = np.zeros_like(self.partitions) if info.square else self.partitions
         return SetRows(self.fingerprint, self.counts, buckets, self._selection(config))
 
@@ -400,14 +432,14 @@ class PreparedSet:
 
     @cached_property
     def _rows(self) -> dict[str, npt.NDArray[Any]]:
-        with np.load(self.path / "rows.npz", allow_pickle=False) as columns:
+        with np.load(io.BytesIO(self.store.read("rows.npz")), allow_pickle=False) as columns:
             return {name: columns[name] for name in columns.files}
 
     @cached_property
     def _conditions(self) -> dict[str, npt.NDArray[np.float16]]:
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load
 
-        return dict(load_file(self.path / "conditions.safetensors"))
+        return dict(load(self.store.read("conditions.safetensors")))
 
     @property
     def null_embeds(self) -> npt.NDArray[np.float16]:
@@ -417,12 +449,13 @@ class PreparedSet:
     @cached_property
     def prompts(self) -> list[tuple[str, npt.NDArray[np.float16]]]:
         """The held prompts with their features (L, D)."""
-        texts = files.read_json(self.path / "prompts.json")
+        texts = files.parse_json(self.store.read("prompts.json"), Path("prompts.json"))
         return [(text, self._conditions[f"prompt.{number}"]) for number, text in enumerate(texts)]
 
 
 def first_set(stage: StageConfig | None) -> PreparedSet | None:
     """The first set of a stage, which names its encoders and holds its prompts, if it is still there."""
-    if stage is None or not Path(stage.data.sets[0].path).is_dir():
+    path = stage.data.sets[0].path if stage else None
+    if path is None or (not is_remote(path) and not Path(path).is_dir()):
         return None
-    return PreparedSet.open(Path(stage.data.sets[0].path))
+    return PreparedSet.open(path)

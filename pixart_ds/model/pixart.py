@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -53,10 +54,15 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("y_embedding", torch.zeros(max_tokens, channels))
 
     def forward(self, captions: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
-        """Features (B, L, channels), dropped ones replaced, in the net's dtype; `y_proj` comes after packing."""
+        """Features (B, L, channels), dropped captions replaced, in the net's dtype; `y_proj` comes after packing."""
         dtype = self.y_proj.fc1.weight.dtype
         null = self.y_embedding[: captions.shape[1]].to(dtype)  # (L, channels)
         return null_where(dropped, captions.to(dtype), null)
+
+    def replace(self, captions: torch.Tensor, dropped: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor:
+        """The same for packed features (T, channels), of which each has its place (T,) in its caption."""
+        dtype = self.y_proj.fc1.weight.dtype
+        return null_where(dropped, captions.to(dtype), self.y_embedding.to(dtype)[place])
 
 
 class FinalLayer(nn.Module):
@@ -100,9 +106,9 @@ class PixArt(nn.Module):
 
     @property
     def condition_names(self) -> tuple[str, ...]:
-        """The conditions that `forward` takes, by name."""
+        """The conditions that training hands to `forward`, by name."""
         sizes = ("original_sizes", "aspect_ratios") if self.config.micro_conditions else ()
-        return ("caption_embeds", "caption_mask", *sizes)
+        return ("caption_embeds", "caption_lengths", *sizes)
 
     @torch.no_grad()
     def set_null_caption(self, embeds: torch.Tensor) -> None:
@@ -125,19 +131,21 @@ class PixArt(nn.Module):
         latents: torch.Tensor,
         timesteps: torch.Tensor,
         caption_embeds: torch.Tensor,
-        caption_mask: torch.Tensor,
+        caption_mask: torch.Tensor | None = None,
         dropped: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         aspect_ratios: torch.Tensor | None = None,
+        caption_lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """ε̂ and the variance's position, (B, 2C, h, w).
 
         Args:
             latents: (B, C, h, w) noisy latents; h and w are multiples of the patch size.
             timesteps: (B,), whole or fractional.
-            caption_embeds: (B, L, caption_channels).
+            caption_embeds: (B, L, caption_channels) with `caption_mask`, or packed (T, caption_channels) with `caption_lengths`.
             caption_mask: (B, L) bool, True for real tokens; a caption without any attends to nothing in particular. It may lie on
                 the CPU; for packed text it should, lest the host wait for the device.
+            caption_lengths: Tokens of each caption, at least 1; T is their sum.
             dropped: (B,) bool: these take the null caption, under their own mask (paper.md 8, trap 5).
             original_sizes: (B, 2) height and width of the original pictures; micro-conditions only.
             aspect_ratios: (B,) height / width of the bucket; micro-conditions only.
@@ -149,11 +157,35 @@ class PixArt(nn.Module):
         if self.config.micro_conditions:
             time = time + self._sizes(original_sizes, aspect_ratios)  # (B, D)
         modulation = self.t_block(time).unflatten(-1, (6, -1))  # (B, 6, D), once for all blocks
-        text = self._text(caption_embeds, caption_mask, dropped)
+        if caption_lengths is not None:
+            text = self._packed(caption_embeds, tuple(caption_lengths), dropped)
+        else:
+            assert caption_mask is not None, "captions need caption_mask or caption_lengths"
+            text = self._padded(caption_embeds, caption_mask, dropped)
         x = run_blocks(self.blocks, x, modulation, text, checkpointed=self.checkpointed_blocks)  # (B, N, D)
         return unpatchify(self.final_layer(x, time), height, width, self.config.patch_size)
 
-    def _text(self, captions: torch.Tensor, mask: torch.Tensor, dropped: torch.Tensor | None) -> Text:
+    def _packed(self, captions: torch.Tensor, lengths: tuple[int, ...], dropped: torch.Tensor | None) -> Text:
+        """Packed caption features (T, channels) as the blocks attend to them; nothing is asked of the device."""
+        counts, device = torch.tensor(lengths), captions.device
+        sample = torch.repeat_interleave(torch.arange(len(lengths)), counts)  # (T,)
+        place = torch.cat([torch.arange(count) for count in lengths])  # (T,) within its caption
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        own = None if dropped is None else dropped[moved(sample)]
+        features = self.y_embedder.replace(captions, own, moved(place))
+        tokens = self.y_embedder.y_proj(features)  # (T, D)
+        if self.attention_options.packed_text:
+            return Text(tokens, lengths=lengths, offsets=moved(torch.tensor([0, *accumulate(lengths)])))
+        longest = max(lengths)
+        flat = tokens.new_zeros(len(lengths) * longest, tokens.shape[1])
+        flat = flat.index_copy(0, moved(sample * longest + place), tokens)
+        mask = torch.arange(longest)[None] < counts[:, None]  # (B, L)
+        return Text(flat.unflatten(0, (-1, longest)), moved(mask[:, None, None, :]))
+
+    def _padded(self, captions: torch.Tensor, mask: torch.Tensor, dropped: torch.Tensor | None) -> Text:
         """Caption features (B, L, channels) as the blocks attend to them."""
         mask = mask | ~mask.any(1, keepdim=True)  # a row without tokens would give NaN
         features = self.y_embedder(captions, dropped)  # (B, L, channels)

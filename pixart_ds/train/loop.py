@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ from pixart_ds import files
 from pixart_ds.config import deepspeed as deepspeed_config
 from pixart_ds.config.load import fingerprint, identity
 from pixart_ds.config.schema import Duration, StageConfig
-from pixart_ds.data.loader import Loader, MicroBatch
+from pixart_ds.data.cache import options_of
+from pixart_ds.data.loader import Loader
+from pixart_ds.data.reader import MicroBatch
 from pixart_ds.diffusion.loss import diffusion_loss, noisy
 from pixart_ds.engine.agree import Agreement, Votes, agree
 from pixart_ds.engine.checkpoint import Shelf
@@ -121,7 +124,14 @@ class _Training:
             rank=self.world.rank,
             world_size=self.world.size,
             device=self.world.device,
+            captions="caption_embeds" in self.engine.condition_names,
+            cache=options_of(self.stage.execution.cache, self._job_name()),
         )
+
+    def _job_name(self) -> str:
+        """The same for all ranks and launches of this allocation, and no other's."""
+        run = fingerprint(str(self.job.run.root.absolute()))
+        return os.environ.get("SLURM_JOB_ID") or f"{run}-{self.stage.name}-{self.job.attempt.number}"
 
     def due(self, images_before: int) -> bool:
         """Whether a checkpoint falls into the step that began at `images_before`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.errors import ConfigError
@@ -17,7 +15,7 @@ def open_sets(stage: StageConfig) -> list[PreparedSet]:
         DataError: A set is missing, unfinished or damaged.
         ConfigError: The sets do not fit the recipe or each other; all reasons at once.
     """
-    sets = [PreparedSet.open(Path(config.path)) for config in stage.data.sets]
+    sets = [PreparedSet.open(config.path) for config in stage.data.sets]
     problems = [
         line
         for prepared, config in zip(sets, stage.data.sets, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from pixart_ds.config.schema import SetConfig
-from pixart_ds.data.loader import Loader, MicroBatch, sample_digest
+from pixart_ds.data.loader import Loader
+from pixart_ds.data.reader import MicroBatch, sample_digest
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.diffusion.noise import draw
 from pixart_ds.errors import DataError
@@ -38,7 +40,7 @@ def loader_of(made: PreparedSet, latents: str = "48-buckets", **changes: Any) ->
         "world_size": 1,
         "micro_batch_size": 5,
         "condition_dropout": 0.3,
-        "threads": 1,
+        "readers": 1,
     }
     return Loader(
         [made],
@@ -53,7 +55,9 @@ def loader_of(made: PreparedSet, latents: str = "48-buckets", **changes: Any) ->
 
 def steps(made: PreparedSet, count: int = 8, after: int = 0, **changes: Any) -> list[list[MicroBatch]]:
     with loader_of(made, **changes) as loader:
-        return [list(loader.micro_batches(at)) for at in loader.steps(after, after + count * BATCH)]
+        return [
+            [batch.kept() for batch in loader.micro_batches(at)] for at in loader.steps(after, after + count * BATCH)
+        ]
 
 
 def by_sample(batches: list[MicroBatch]) -> dict[tuple[int, int], tuple[Any, ...]]:
@@ -61,7 +65,7 @@ def by_sample(batches: list[MicroBatch]) -> dict[tuple[int, int], tuple[Any, ...
     found = {}
     for batch in batches:
         for n, key in enumerate(zip(batch.sample_ids.tolist(), batch.visits.tolist(), strict=True)):
-            real = batch.caption_embeds[n][batch.caption_mask[n]]
+            real = batch.caption_embeds.split(batch.caption_lengths)[n]
             tensors = (batch.latents[n], batch.noise[n], real, batch.original_sizes[n], batch.aspect_ratios[n])
             scalars = (int(batch.timesteps[n]), bool(batch.dropped[n]), int(batch.class_labels[n]))
             found[key] = (*(tensor.numpy().tobytes() for tensor in tensors), *scalars)
@@ -72,7 +76,7 @@ def test_all_worlds_and_thread_counts_deliver_the_same(made: PreparedSet) -> Non
     whole = steps(made)
     assert sum(len(b.sample_ids) for step in whole for b in step) == 8 * BATCH
     for world in (2, 3, 4, 5, 17):
-        ranks = [steps(made, rank=rank, world_size=world, threads=1 + rank % 3) for rank in range(world)]
+        ranks = [steps(made, rank=rank, world_size=world, readers=1 + rank % 3) for rank in range(world)]
         for number, step in enumerate(whole):
             parts = [batch for rank in ranks for batch in rank[number]]
             assert by_sample(parts) == by_sample(step)
@@ -99,10 +103,7 @@ def test_a_pass_serves_every_row_once_with_its_own_content(made: PreparedSet) ->
             assert batch.original_sizes[n].tolist() == [wanted.original_height, wanted.original_width]
             assert batch.aspect_ratios[n].item() == RATIOS[partitions[sample]]
             assert batch.class_labels[n].item() == wanted.class_label
-            assert np.array_equal(
-                batch.caption_embeds[n][batch.caption_mask[n]].numpy(), wanted.caption_embeds.astype(np.float32)
-            )
-            assert not batch.caption_embeds[n][~batch.caption_mask[n]].any()
+            assert np.array_equal(batch.caption_embeds.split(batch.caption_lengths)[n].numpy(), wanted.caption_embeds)
             draws = draw(8, "stage9", sample, int(batch.visits[n]), (4, *batch.latents.shape[2:]), 0.3)
             moments = wanted.latents["48-buckets"].astype(np.float32)
             latents = (moments[:4] + moments[4:] * draws.latent_noise - np.float32(0.25)) * np.float32(0.5)
@@ -129,10 +130,37 @@ def test_a_square_stage_mixes_the_partitions(made: PreparedSet) -> None:
     assert max(len(batch.sample_ids) for batch in batches) == 4  # 12 in three near-equal pieces of at most 5
 
 
-def test_captions_without_tokens_have_a_mask_without_any(tmp_path: Path) -> None:
+def test_captions_without_tokens_have_one_of_zeros(tmp_path: Path) -> None:
     (batch, *_) = steps(tiny_set(tmp_path, tokens=0), 1)[0]
-    assert batch.caption_embeds.shape[1] == 1
-    assert not batch.caption_mask.any()
+    assert set(batch.caption_lengths) == {1}
+    assert batch.caption_embeds.shape == (len(batch.sample_ids), 6)
+    assert not batch.caption_embeds.any()
+
+
+def test_a_net_without_captions_is_not_given_any(made: PreparedSet) -> None:
+    whole, bare = (steps(made, 2, captions=captions)[1] for captions in (True, False))
+    for one, two in zip(whole, bare, strict=True):
+        assert two.caption_embeds.shape == (0, 6)
+        assert two.caption_lengths == ()
+        assert torch.equal(one.class_labels, two.class_labels)
+        assert torch.equal(one.latents, two.latents)
+        assert one.digest == two.digest
+
+
+def test_memory_is_reused_and_a_micro_batch_is_valid_until_the_next(made: PreparedSet) -> None:
+    kept, places = [], set()
+    with loader_of(made, ahead=2) as loader:
+        for at in loader.steps(0, 12 * BATCH):
+            for batch in loader.micro_batches(at):
+                before = batch.kept()
+                time.sleep(0.002)  # the readers go on
+                assert torch.equal(batch.latents, before.latents)
+                assert torch.equal(batch.caption_embeds, before.caption_embeds)
+                places.add(batch.latents.untyped_storage().data_ptr())
+                kept.append(before)
+    assert len(kept) > 20
+    assert len(places) <= 12  # four buffers, each grown a few times
+    assert by_sample(kept) == by_sample([batch for step in steps(made, 12) for batch in step])
 
 
 def test_steps_must_be_taken_in_their_sequence(made: PreparedSet) -> None:
@@ -144,19 +172,19 @@ def test_steps_must_be_taken_in_their_sequence(made: PreparedSet) -> None:
 
 
 def test_close_ends_the_threads(made: PreparedSet) -> None:
-    loader = loader_of(made, threads=3)
+    loader = loader_of(made, readers=3)
     for at in loader.steps(0, 5 * BATCH):
         list(loader.micro_batches(at))
         break
     loader.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("reader-", "fetcher-"))]
 
 
 @pytest.mark.parametrize("fault", ["flipped", "swapped", "vanished"])
 def test_damage_is_named_and_never_delivered(tmp_path: Path, fault: str) -> None:
     made = tiny_set(tmp_path)
     loader = loader_of(made)
-    folder = made.path / "latents-48-buckets"
+    folder = Path(made.path) / "latents-48-buckets"
     shard = folder / "part-00002/shard.00000.mds"
     if fault == "flipped":
         data = bytearray(shard.read_bytes())
@@ -187,7 +215,7 @@ def test_damage_is_named_and_never_delivered(tmp_path: Path, fault: str) -> None
 def test_rows_that_are_not_the_planned_ones_are_refused(tmp_path: Path) -> None:
     """Index and shards agree with each other, but not with the manifest: two parts changed places."""
     made = tiny_set(tmp_path)
-    index = made.path / "latents-48-buckets/index.json"
+    index = Path(made.path) / "latents-48-buckets/index.json"
     text = index.read_text()
     for old, new in (("part-00000/", "part-x/"), ("part-00002/", "part-00000/"), ("part-x/", "part-00002/")):
         text = text.replace(old, new)

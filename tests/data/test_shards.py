@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from pixart_ds.config.schema import SetConfig
-from pixart_ds.data.mds import OpenShard
 from pixart_ds.data.shards import PreparedSet, SetWriter
 from pixart_ds.errors import DataError
 from tests.helpers.sets import GROUPS, description, finish, row, tiny_set, write_parts
@@ -33,14 +32,12 @@ def test_rows_read_back_as_they_were_written(made: PreparedSet) -> None:
     for group, (partition, count) in enumerate(GROUPS):
         for place in range(count):
             wanted = row(number, partition)
-            shards = made.shard_set("captions")
-            text = OpenShard(shards.shards[group], shards.sizes, shards.columns).read(place)
+            text = made.source("captions", None).open(group).read(place)
             assert bytes(text["caption_embeds"]) == wanted.caption_embeds.tobytes()
             assert bytes(text["name"]).decode() == wanted.name
             assert int.from_bytes(text["class_label"], "little", signed=True) == wanted.class_label
             for name in ("32-square", "48-buckets"):
-                shards = made.shard_set(name)
-                image = OpenShard(shards.shards[group], shards.sizes, shards.columns).read(place)
+                image = made.source(name, None).open(group).read(place)
                 assert bytes(image["latents"]) == wanted.latents[name].tobytes()
                 assert np.frombuffer(image["shape"], "<i4").tolist() == list(wanted.latents[name].shape)
             number += 1
@@ -52,7 +49,7 @@ def test_a_stock_streaming_dataset_reads_it(made: PreparedSet, folder: str) -> N
         import json, sys, types
         sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
         from streaming import StreamingDataset
-        data = StreamingDataset(local={str(made.path / folder)!r}, shuffle=False, batch_size=1)
+        data = StreamingDataset(local={str(Path(made.path) / folder)!r}, shuffle=False, batch_size=1)
         rows = []
         for number in range(len(data)):
             sample = data[number]
@@ -86,9 +83,9 @@ def test_a_killed_writer_goes_on_and_makes_the_same_set(made: PreparedSet, tmp_p
     stale.mkdir()
     (stale / "shard.00000.mds").write_bytes(b"half")
     (tmp_path / "latents-32-square" / f".part-00002.{os.getpid()}.tmp").mkdir()
-    with pytest.raises(DataError, match=r"no file manifest\.json") as caught:
+    with pytest.raises(DataError, match=r"no finished set: .*manifest\.json is missing") as caught:
         PreparedSet.open(tmp_path)
-    assert "run the same `pixart-ds prepare` again" in str(caught.value)
+    assert "run the same `pixart-ds prepare` again, or `upload`" in str(caught.value)
     again = SetWriter(tmp_path, description())
     assert again.parts_done() == {0, 1}
     write_parts(again, GROUPS)
@@ -147,8 +144,11 @@ def test_what_is_said_of_sets_that_cannot_be_read(made: PreparedSet, tmp_path: P
     with pytest.raises(DataError, match="the folder does not exist") as caught:
         PreparedSet.open(tmp_path / "none")
     assert "pixart-ds prepare" in str(caught.value)
-    with pytest.raises(DataError, match="is an object store"):
-        PreparedSet.open(Path("s3://bucket/set"))
+    with pytest.raises(DataError, match="from folders and from s3:// addresses, not from gs://bucket/set"):
+        PreparedSet.open("gs://bucket/set")
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(DataError, match=r"no finished set"):
+        PreparedSet.open(tmp_path / "unfinished")
     with pytest.raises(DataError, match="no latents '512'") as caught:
         made.rows_for("512", SetConfig(path="x"))
     assert "32-square, 48-buckets" in str(caught.value)
@@ -156,7 +156,7 @@ def test_what_is_said_of_sets_that_cannot_be_read(made: PreparedSet, tmp_path: P
 
 @pytest.mark.parametrize("fault", ["missing", "truncated", "index"])
 def test_what_is_said_of_damaged_sets(tmp_path: Path, fault: str) -> None:
-    path = tiny_set(tmp_path).path
+    path = Path(tiny_set(tmp_path).path)
     shard = path / "latents-32-square/part-00001/shard.00000.mds"
     if fault == "missing":
         shard.unlink()

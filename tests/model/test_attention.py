@@ -50,6 +50,18 @@ def test_nested_tensors_are_the_loop() -> None:
     assert close(made[1], made[0], 1e-5)
 
 
+@pytest.mark.parametrize("micro", [False, True])
+def test_captions_that_come_packed_are_those_that_come_padded(micro: bool) -> None:
+    batch = {**inputs(8, 6), "dropped": torch.tensor([False, True, False]), **(SIZES if micro else {})}
+    mask = batch["caption_mask"]
+    packed = {name: value for name, value in batch.items() if name != "caption_mask"}
+    packed |= {"caption_embeds": batch["caption_embeds"][mask], "caption_lengths": tuple(mask.sum(1).tolist())}
+    wanted = gradients(randomised(build(small(micro_conditions=micro))), batch)
+    for option in (False, True):
+        net = randomised(build(small(micro_conditions=micro), packed_text=option, checkpointed_blocks=1))
+        assert close(gradients(net, packed), wanted, 1e-5)
+
+
 def test_packing_takes_real_tokens_in_their_sequence() -> None:
     places, lengths = module.packing(torch.tensor([[True, True, False], [True, False, False], [True, True, True]]))
     assert places.tolist() == [0, 1, 3, 6, 7, 8]

@@ -16,7 +16,6 @@ from PIL import Image
 
 from pixart_ds.config.load import load_prepare
 from pixart_ds.config.schema import PrepareConfig
-from pixart_ds.data.mds import OpenShard
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.demo.pictures import caption, draw, scenes, write_pictures
 from pixart_ds.encoders.latents import KLEncoder
@@ -55,9 +54,9 @@ def test_everything_that_a_picture_has_is_in_the_set(source: Path, tmp_path: Pat
     vae = KLEncoder(str(ENCODERS / "vae"))
     seen = set()
     for group, (partition, count) in enumerate(zip(made.partitions, made.counts, strict=True)):
-        text, image = made.shard_set("captions"), made.shard_set("48-buckets")
+        text, image = made.source("captions", None).open(group), made.source("48-buckets", None).open(group)
         for place in range(count):
-            said = OpenShard(text.shards[group], text.sizes, text.columns).read(place)
+            said = text.read(place)
             name = bytes(said["name"]).decode()
             seen.add(name)
             assert bytes(said["caption"]).decode() == (source / name).with_suffix(".txt").read_text().strip()
@@ -65,7 +64,7 @@ def test_everything_that_a_picture_has_is_in_the_set(source: Path, tmp_path: Pat
                 made.description.classes[int.from_bytes(said["class_label"], "little", signed=True)]
                 == name.split("/")[0]
             )
-            shown = OpenShard(image.shards[group], image.sizes, image.columns).read(place)
+            shown = image.read(place)
             height, width = np.frombuffer(shown["original_size"], "<i4").tolist()
             assert (height, width) == size_of(source / name)
             ratios = np.abs(np.array(made.description.ratios) - height / width)
@@ -189,14 +188,11 @@ def test_a_killed_run_keeps_its_parts_and_two_processes_make_the_same_set(source
     assert one.partitions.tolist() == two.partitions.tolist()
     assert one.counts.tolist() == two.counts.tolist()
     for name in ("captions", "32-square", "40-buckets", "48-buckets"):
-        assert [shard.xxh3 for shard in one.shard_set(name).shards] == [
-            shard.xxh3 for shard in two.shard_set(name).shards
-        ]
+        assert one.index(name).hashes == two.index(name).hashes
 
 
 def test_captions_follow_the_suffix(source: Path, tmp_path: Path) -> None:
     prepare(config_of(source, tmp_path / "set", "caption_suffix=.short.txt"))
-    made = PreparedSet.open(tmp_path / "set").shard_set("captions")
-    said = OpenShard(made.shards[0], made.sizes, made.columns).read(0)
+    said = PreparedSet.open(tmp_path / "set").source("captions", None).open(0).read(0)
     assert bytes(said["caption"]).decode().startswith("picture ")
     assert caption(scenes(1, 2)[0]).startswith("a ")
