@@ -204,9 +204,9 @@ class Reader:
         at, start, labels = columns.index("caption_embeds"), 0, []
         whole: Any = captions.view(torch.uint8).numpy().reshape(-1).data if self.captions else memoryview(b"")
         for number, text in enumerate(texts):
-            places = [memoryview(bytearray(size)) for size in text.sizes]
+            mine = whole[start : start + text.sizes[at]] if self.captions else memoryview(bytearray(text.sizes[at]))
+            places = [mine if n == at else memoryview(bytearray(size)) for n, size in enumerate(text.sizes)]
             if self.captions:
-                places[at] = whole[start : start + text.sizes[at]]
                 start += text.sizes[at]
                 if not text.tokens:
                     width = 2 * captions.shape[1]

@@ -320,7 +320,7 @@ class PreparedSet:
             raise DataError(
                 f"there is no finished set: {error.what}",
                 where=error.where,
-                remedy="correct data.sets.…path in the recipe, or finish the set: run the same `pixart-ds prepare` again, or `upload`",
+                remedy="correct data.sets.…path in the recipe, or run the same `pixart-ds prepare` again, or `upload`",
             ) from error
         if manifest.get("format") != FORMAT:
             raise DataError(f"the set has format {manifest.get('format')}; this version reads {FORMAT}", where=path)

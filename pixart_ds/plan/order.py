@@ -8,6 +8,7 @@ number of ranks nor the batch is an input: any step follows from the images that
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -255,6 +256,36 @@ class Order:
         """Whether each rank reads its own lanes in every pass: the world divides the lanes, and they are near-equal."""
         most, least = int(self.lane_sizes.max()), int(self.lane_sizes.min())
         return self.lanes % world_size == 0 and most - least <= _FOLLOW_LANES_SPREAD * most
+
+    def shared_part(self, first_rank: int, ranks: int, world_size: int) -> float:
+        """Which part of what some ranks, as those of a node, read lies in lanes that others read too: 0 where each has its own."""
+        if self.shares_follow_lanes(world_size):
+            return 0.0
+        start, end = (
+            Fraction(first_rank * self.lanes, world_size),
+            Fraction((first_rank + ranks) * self.lanes, world_size),
+        )
+        own = max(0, math.floor(end) - math.ceil(start))
+        return float(1 - own / (end - start))
+
+    def live_groups(self, first_rank: int, ranks: int, world_size: int) -> Ints:
+        """Of the lanes that some ranks read, the row groups that may be needed at one time: the largest in each bucket.
+
+        Samples are shuffled within windows of a bucket, and strips of neighbouring windows may change places: at most 2 windows and
+        one group of each bucket are live in a lane. A cache that holds these shards reads no shard twice in a pass.
+        """
+        lanes = range(first_rank * self.lanes // world_size, -(-(first_rank + ranks) * self.lanes // world_size))
+        live: list[int] = []
+        for lane in lanes:
+            groups = self._lane_groups[lane]
+            for bucket in np.unique(self._bucket[groups]):
+                mine = groups[self._bucket[groups] == bucket]
+                live += mine[np.argsort(-self._taken[mine], kind="stable")][: 2 * self.window + 1].tolist()
+        return np.array(live, np.int64)
+
+    def place_of(self, groups: Ints) -> tuple[Ints, Ints]:
+        """Set and row group within it of groups over all sets."""
+        return self._set_index[groups], self._group[groups]
 
     def share(self, images_seen: int, global_batch_size: int, rank: int, world_size: int) -> StepPlan:
         """A rank's part of a step: its lanes' samples, or [⌊rN/W⌋, ⌊(r+1)N/W⌋) of the step's list.

@@ -27,7 +27,7 @@ from pixart_ds.layout import AttemptLayout, RunLayout
 from pixart_ds.log import Log, si
 from pixart_ds.model import require_backend
 from pixart_ds.train.meter import Meter
-from pixart_ds.train.sets import open_sets, order_of
+from pixart_ds.train.sets import open_sets, order_of, reading_of
 from pixart_ds.train.start import initial_weights, net_of
 from pixart_ds.train.state import TrainState, passed
 from pixart_ds.train.stop import StopFlag
@@ -108,6 +108,8 @@ class _Training:
             self.engine.initialise(start.state)
             self.state, self.lineage = TrainState(), start.lineage
             log.event(f"starts from {_origin(self.lineage)}")
+        first = world.rank - world.local_rank
+        log.event(reading_of(stage, self.sets, self.order, first, world.local_size, world.size))
         self.shelf.write_start(self.state.to_json())
 
     def loader(self) -> Loader:

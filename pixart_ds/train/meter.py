@@ -6,10 +6,12 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from pixart_ds.config.schema import StageConfig
+from pixart_ds.engine.line import MAX_LAUNCHES
 from pixart_ds.layout import AttemptLayout
 from pixart_ds.log import Log, duration, si
 from pixart_ds.train.state import TrainState
@@ -19,6 +21,8 @@ _LINE_EVERY_SECONDS = 20.0
 
 class Meter:
     """Writes `metrics.jsonl`, `audit.jsonl` and TensorBoard's event files of an attempt; on other ranks it does nothing.
+
+    Each line of the audit says which attempt and launch wrote it, and on how many ranks: the launches of an attempt share the file.
 
     Args:
         active: Whether this is rank 0.
@@ -34,8 +38,9 @@ class Meter:
         self.stage = stage
         self.log = log
         self.world_size = world_size
-        self._metrics = open(attempt.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in __exit__
-        self._audit = open(attempt.audit, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._writer = {"attempt": attempt.number, "launch": _launch(attempt), "world_size": world_size}
+        self._metrics = _append_to(attempt.metrics, buffering=1)
+        self._audit = _append_to(attempt.audit)
         self._events = SummaryWriter(str(attempt.tensorboard))
         self._last = self._last_line = time.monotonic()
         self._rate: float | None = None
@@ -80,6 +85,7 @@ class Meter:
             "samples": samples,
             "applied": row["applied"],
             "digest": f"{digest:016x}",
+            **self._writer,
         }
         self._audit.write(json.dumps(audited) + "\n")
         for name, value in finite.items():
@@ -116,3 +122,22 @@ class Meter:
     @property
     def smooth_loss(self) -> float | None:
         return self._loss if self.active else None
+
+
+def _launch(attempt: AttemptLayout) -> int:
+    """The launch that is under way: the newest of the attempt's start files, which is durable before the first step."""
+    present = {path.name for path in attempt.root.iterdir()}
+    return max((launch for launch in range(MAX_LAUNCHES + 1) if attempt.start(launch).name in present), default=1)
+
+
+def _append_to(path: Path, buffering: int = -1) -> TextIO:
+    """The file, open for more lines; a line that a killed launch left torn is ended, so that ours stands alone."""
+    torn = False
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb") as before:
+            before.seek(-1, os.SEEK_END)
+            torn = before.read() != b"\n"
+    file = open(path, "a", encoding="utf-8", buffering=buffering)  # noqa: SIM115 - the caller closes it
+    if torn:
+        file.write("\n")
+    return file

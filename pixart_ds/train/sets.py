@@ -69,3 +69,29 @@ def order_of(stage: StageConfig, sets: list[PreparedSet]) -> Order:
     ]
     shape = stage.order
     return Order(rows, seed=stage.seed, lanes=shape.lanes, strip_length=shape.strip_length, window=shape.window)
+
+
+def reading_of(
+    stage: StageConfig, sets: list[PreparedSet], order: Order, first_rank: int, ranks: int, world_size: int
+) -> str:
+    """What a node's ranks read, for the log: how much of it lies in lanes of other nodes too, and what a cache must hold.
+
+    Args:
+        first_rank, ranks: The node's.
+    """
+    live = order.live_groups(first_rank, ranks, world_size)
+    size = 0
+    for number, group in zip(*(part.tolist() for part in order.place_of(live)), strict=True):
+        size += sum(int(sets[number].index(name).sizes[group]) for name in ("captions", stage.data.latents))
+    shared = order.shared_part(first_rank, ranks, world_size)
+    lanes = f"{order.lanes * ranks / world_size:.3g} of {order.lanes} lanes"
+    whose = (
+        "the same shards in every pass"
+        if shared == 0
+        else f"{shared:.0%} of it lies in lanes that other nodes read too"
+    )
+    limit = stage.execution.cache.limit_gb
+    small = (
+        "" if limit is None or limit * 1e9 >= size else f"; execution.cache.limit_gb {limit:g} is too small for that"
+    )
+    return f"this node reads {lanes}: {whose}; up to {len(live)} row groups, {size / 1e9:.3g} GB, are in use at once{small}"

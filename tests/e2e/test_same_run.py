@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +134,28 @@ def test_stopped_killed_and_resumed_at_other_worlds(data: Path, tmp_path: Path) 
     for clock, line in losses.items():
         assert again[clock]["loss"] == pytest.approx(line["loss"], rel=1e-4), clock
         assert again[clock]["learning_rate"] == line["learning_rate"]
+    check_audit(tmp_path)
+
+
+def check_audit(tmp_path: Path) -> None:
+    """The audit proves the run; in a copy with one digit of one digest changed it names the step."""
+    answer = call("audit", tmp_path / "broken", "--processes", "2")
+    print(answer.stdout)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.startswith("stage1: proven\n")
+    assert f"1 to {STEPS} of {STEPS}" in answer.stdout
+    (stage,) = json.loads(call("audit", tmp_path / "broken", "--json").stdout)["stages"]
+    assert [attempt["world_size"] for attempt in stage["attempts"]] == [2, 3, 1, 2]
+    shutil.copytree(tmp_path / "broken", tmp_path / "copy")
+    log = RunLayout(tmp_path / "copy").stage("stage1").attempt(4).audit
+    rows = list(files.read_json_lines(log))
+    step, digest = rows[-2]["images_seen"] // 32, rows[-2]["digest"]
+    rows[-2]["digest"] = ("1" if digest[0] == "0" else "0") + digest[1:]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = call("audit", tmp_path / "copy")
+    print(answer.stdout)
+    assert answer.returncode == 4
+    assert f"stage1: NOT PROVEN, step {step} is the first violation" in answer.stdout
 
 
 def test_a_killed_supervisor_leaves_no_rank_behind_and_the_next_one_resumes(data: Path, tmp_path: Path) -> None:

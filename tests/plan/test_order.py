@@ -208,6 +208,51 @@ def test_micro_batches_hold_one_bucket_each_and_all_of_the_share() -> None:
     assert micro_batches(StepPlan.join([]), 4) == []
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_a_run_that_changes_its_world_at_will_reads_each_sample_as_often(seed: int) -> None:
+    rng = random.Random(2000 + seed)
+    order, wanted = random_order(rng)
+    batch, seen, at = rng.choice((1, 4, 9)), Counter(dict.fromkeys(wanted, 0)), 0
+    while at < 2 * len(wanted):
+        world = rng.randint(1, 96)
+        for _ in range(rng.randint(1, 4)):  # steps of one attempt
+            ranks = list(range(world))
+            rng.shuffle(ranks)
+            seen.update(sample for rank in ranks for sample in order.share(at, batch, rank, world).sample_id.tolist())
+            at += batch
+        assert sum(seen.values()) == at
+        assert max(seen.values()) - min(seen.values()) <= 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_more_groups_are_live_than_stated(seed: int) -> None:
+    rng = random.Random(3000 + seed)
+    counts = [rng.choice((4, 8, 8, 8)) for _ in range(rng.randint(20, 120))]
+    buckets = [min(int(rng.paretovariate(1)), 9) for _ in counts]
+    window, lanes = rng.choice((1, 2, 4)), rng.choice((1, 2, 4))
+    order = Order([a_set(counts, buckets)], seed=seed, lanes=lanes, strip_length=rng.choice((2, 4, 16)), window=window)
+    for lane in range(lanes):
+        walk = order.step(0, order.num_samples)
+        groups = walk.group[walk.lane == lane].tolist()
+        first = {group: groups.index(group) for group in set(groups)}
+        last = {group: len(groups) - 1 - groups[::-1].index(group) for group in set(groups)}
+        live = max(sum(first[g] <= at <= last[g] for g in first) for at in range(len(groups)))
+        assert live <= len(order.live_groups(lane, 1, lanes))
+
+
+def test_the_part_that_is_read_from_shared_lanes() -> None:
+    order = Order([a_set([10] * 640, [0] * 640)], seed=0, lanes=64, strip_length=5, window=2)
+    assert [order.shared_part(0, ranks, world) for ranks, world in ((1, 64), (8, 64), (8, 32), (1, 1))] == [0.0] * 4
+    assert order.shared_part(0, 1, 48) == pytest.approx(0.25)  # 4/3 lanes: one its own, a third of the next
+    assert order.shared_part(1, 1, 48) == pytest.approx(1.0)  # two thirds of two lanes
+    assert order.shared_part(0, 8, 48) == pytest.approx(1 - 10 / (8 * 64 / 48))
+    for world in (3, 7, 48, 56):  # against what is read
+        for rank in range(world):
+            lanes = {lane for at in range(0, 6400, 128) for lane in order.share(at, 128, rank, world).lane.tolist()}
+            start, end = rank * 64 // world, -(-(rank + 1) * 64 // world)
+            assert lanes <= set(range(max(0, start - 1), min(64, end + 1)))
+
+
 def test_golden_order() -> None:
     # Written down once: every later release must serve these, or runs could not be resumed.
     order = Order(

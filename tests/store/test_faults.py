@@ -1,0 +1,300 @@
+"""The loader over a real object store through every fault: it recovers, or ends in a stated time with store, shard and remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pixart_ds.config.schema import SetConfig
+from pixart_ds.data.cache import CacheOptions
+from pixart_ds.data.loader import Loader
+from pixart_ds.data.shards import PreparedSet
+from pixart_ds.errors import ConfigError, DataError
+from pixart_ds.plan.order import Order
+from tests.helpers.s3 import S3Server
+from tests.helpers.sets import tiny_set
+
+pytestmark = pytest.mark.store
+
+GROUPS = tuple((number % 3, 8) for number in range(24))
+STEPS, BATCH = 24, 16  # two passes
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> PreparedSet:
+    return tiny_set(tmp_path_factory.mktemp("set") / "set", GROUPS)
+
+
+@pytest.fixture(scope="module")
+def wanted(made: PreparedSet) -> list[int]:
+    """The digest of each step, read in place."""
+    return walk(made, None)
+
+
+@pytest.fixture
+def stored(s3: S3Server, bucket: str, made: PreparedSet) -> str:
+    """The set's address in the store."""
+    s3.put_folder(Path(made.path), bucket, "set")
+    return f"s3://{bucket}/set"
+
+
+@pytest.fixture
+def own(own_server: S3Server, made: PreparedSet) -> str:
+    """The set's address in a store that the test may stop."""
+    own_server.put_folder(Path(made.path), "own", "set")
+    return "s3://own/set"
+
+
+def loader_of(made: PreparedSet, cache: CacheOptions | None, **changes: Any) -> Loader:
+    order = Order([made.rows_for("48-buckets", SetConfig(path="x"))], seed=3, lanes=4, strip_length=4, window=2)
+    options: dict[str, Any] = {"rank": 0, "world_size": 1, "fetchers": 2, "ahead": 2, **changes}
+    return Loader(
+        [made], order, latents="48-buckets", stage="s", seed=8, condition_dropout=0.1, micro_batch_size=8,
+        global_batch_size=BATCH, cache=cache, **options,
+    )  # fmt: skip
+
+
+def walk(made: PreparedSet, cache: CacheOptions | None, *, pause: float = 0.0, steps: int = STEPS) -> list[int]:
+    """The digest of each of the planned steps: none may be missing."""
+    digests = []
+    with loader_of(made, cache) as loader:
+        for at in loader.steps(0, steps * BATCH):
+            batches = [batch.digest for batch in loader.micro_batches(at)]
+            digests.append(sum(batches) % 2**64)
+            time.sleep(pause)
+    assert len(digests) == steps
+    return digests
+
+
+def small(tmp_path: Path, made: PreparedSet, **changes: Any) -> CacheOptions:
+    """A cache that holds a third of the set, so that the store is asked all the time."""
+    largest = max(int(made.index(name).sizes.max()) for name in ("captions", "48-buckets"))
+    options = {"limit_bytes": 16 * largest, "guard_seconds": 0.0, "patience_seconds": 60.0, **changes}
+    return CacheOptions(tmp_path / "cache", **options)
+
+
+def test_a_store_delivers_what_a_folder_delivers_and_is_asked_once(
+    s3: S3Server, stored: str, wanted: list[int], tmp_path: Path
+) -> None:
+    assert walk(PreparedSet.open(stored), CacheOptions(tmp_path / "cache")) == wanted
+    bucket = stored.split("/")[2]
+    fetched = [request.path for request in s3.requests("GET", f"/{bucket}/set/") if request.path.endswith(".mds")]
+    assert len(fetched) == len(set(fetched)) == 2 * len(GROUPS)  # two passes, one download of each shard
+    assert walk(PreparedSet.open(stored), CacheOptions(tmp_path / "cache")) == wanted
+    again = [request.path for request in s3.requests("GET", f"/{bucket}/set/") if request.path.endswith(".mds")]
+    assert again == fetched
+
+
+def test_a_small_cache_asks_more_often_and_delivers_the_same(stored: str, wanted: list[int], tmp_path: Path) -> None:
+    remote = PreparedSet.open(stored)
+    assert walk(remote, small(tmp_path, remote)) == wanted
+
+
+def test_ranks_of_a_node_share_each_download(s3: S3Server, stored: str, tmp_path: Path) -> None:
+    remote = PreparedSet.open(stored)
+    cache = CacheOptions(tmp_path / "cache")
+
+    def rank(number: int) -> None:
+        with loader_of(remote, cache, rank=number, world_size=3) as loader:
+            for at in loader.steps(0, 12 * BATCH):
+                list(loader.micro_batches(at))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bucket = stored.split("/")[2]
+    fetched = [request.path for request in s3.requests("GET", f"/{bucket}/set/") if request.path.endswith(".mds")]
+    assert len(fetched) == len(set(fetched)) == 2 * len(GROUPS)
+
+
+def test_wrong_credentials_and_absent_sets_are_told_apart_at_once(
+    s3: S3Server, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="no finished set") as caught:
+        PreparedSet.open(stored + "-absent")
+    assert "data.sets" in str(caught.value)
+    with pytest.raises(DataError, match="bucket"):
+        PreparedSet.open("s3://no-such-bucket/set")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    began = time.monotonic()
+    with pytest.raises(DataError, match="refuse") as caught:
+        PreparedSet.open(stored)
+    assert "AWS_SECRET_ACCESS_KEY" in str(caught.value)
+    assert time.monotonic() - began < 15
+
+
+def test_a_store_is_not_read_in_place(stored: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read in place: it is an object store") as caught:
+        walk(PreparedSet.open(stored), None)
+    assert "execution.cache.mode" in str(caught.value)
+
+
+@pytest.mark.parametrize("seconds", [3, 20])
+def test_an_outage_is_waited_for(
+    own_server: S3Server, own: str, wanted: list[int], tmp_path: Path, seconds: int
+) -> None:
+    remote, digests = PreparedSet.open(own), []
+    with loader_of(remote, small(tmp_path, remote)) as loader:
+        for number, at in enumerate(loader.steps(0, STEPS * BATCH)):
+            if number == 4:
+                own_server.stop()
+                again = threading.Thread(target=_later, args=(own_server, seconds))
+                again.start()
+            digests.append(sum(batch.digest for batch in loader.micro_batches(at)) % 2**64)
+    assert digests == wanted
+    again.join()
+
+
+def _later(server: S3Server, seconds: float) -> None:
+    time.sleep(seconds)
+    server.start()
+
+
+def test_a_store_that_is_gone_for_good_is_an_error_after_the_patience(
+    own_server: S3Server, own: str, tmp_path: Path
+) -> None:
+    remote = PreparedSet.open(own)
+    cache = small(tmp_path, remote, patience_seconds=3.0)
+    own_server.stop()
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"did not give.*in \d+ tries and \d+ s \(needed for sample \d+\)") as caught:
+        walk(remote, cache)
+    assert own in str(caught.value)
+    assert "can be reached" in str(caught.value)
+    assert time.monotonic() - began < 3 + 30
+
+
+def test_a_store_that_freezes_is_an_error_within_the_stated_time(
+    own_server: S3Server, own: str, tmp_path: Path
+) -> None:
+    remote = PreparedSet.open(own)
+    loader = loader_of(remote, small(tmp_path, remote, patience_seconds=2.0))
+    own_server.freeze()
+    began = time.monotonic()
+
+    def first() -> None:
+        with loader:
+            for at in loader.steps(0, STEPS * BATCH):
+                list(loader.micro_batches(at))
+
+    try:
+        with pytest.raises(DataError, match=r"no micro-batch for|did not give") as caught:
+            first()
+        assert "shard" in str(caught.value)
+        assert time.monotonic() - began < loader.patience_seconds + 10
+    finally:
+        own_server.thaw()
+
+
+def test_a_store_that_freezes_for_a_while_is_waited_for(
+    own_server: S3Server, own: str, wanted: list[int], tmp_path: Path
+) -> None:
+    remote = PreparedSet.open(own)
+    own_server.freeze()
+    threading.Timer(5, own_server.thaw).start()
+    assert walk(remote, small(tmp_path, remote)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("missing", r"part-00003/shard.00000.mds is not in the store"),
+        ("truncated", r"part-00003/shard.00000.mds is damaged in the store: 100 bytes instead of"),
+        ("flipped", r"part-00003/shard.00000.mds is damaged in the store: its xxh3 hash is"),
+    ],
+)
+def test_a_bad_shard_is_named_with_the_sample_that_needs_it(
+    s3: S3Server, stored: str, tmp_path: Path, fault: str, words: str
+) -> None:
+    bucket, key = stored.split("/")[2], "set/latents-48-buckets/part-00003/shard.00000.mds"
+    content = s3.get(bucket, key)
+    if fault == "missing":
+        s3.delete(bucket, key)
+    elif fault == "truncated":
+        s3.put(bucket, key, content[:100])
+    else:
+        s3.put(bucket, key, content[:-1] + bytes([content[-1] ^ 1]))
+    began = time.monotonic()
+    with pytest.raises(DataError, match=words) as caught:
+        walk(PreparedSet.open(stored), CacheOptions(tmp_path / "cache", patience_seconds=60.0))
+    assert "needed for sample" in str(caught.value)
+    assert bucket in str(caught.value)
+    assert time.monotonic() - began < 20
+    assert not list((tmp_path / "cache").rglob("*.part*"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of a stated size needs the right to mount one")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_makes_room_for_itself(stored: str, wanted: list[int], disk: Path) -> None:
+    remote = PreparedSet.open(stored)
+    whole = sum(int(remote.index(name).sizes.sum()) for name in ("captions", "48-buckets"))
+    filler = disk / "filler"
+    filler.write_bytes(bytes(256 * 1024 - 4096 - min(whole // 2, 120_000)))  # half of the set fits
+    assert walk(remote, CacheOptions(disk / "cache", guard_seconds=0.0)) == wanted
+
+
+def test_a_disk_that_is_full_of_other_things_is_an_error(stored: str, disk: Path) -> None:
+    (disk / "cache").mkdir()
+    with open(disk / "filler", "wb") as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        except OSError:
+            os.truncate(disk / "filler", (disk / "filler").stat().st_size // 4096 * 4096 - 16384)
+    with pytest.raises(DataError, match=r"No space left on device|the cache cannot be used"):
+        walk(PreparedSet.open(stored), CacheOptions(disk / "cache", guard_seconds=0.0, patience_seconds=5.0))
+
+
+def test_a_read_only_disk_is_said_at_once(stored: str, disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(DataError, match="the cache cannot be used: Read-only file system") as caught:
+        walk(PreparedSet.open(stored), CacheOptions(disk / "cache"))
+    assert "execution.cache.folder" in str(caught.value)
+
+
+def test_a_cache_that_is_deleted_while_it_is_read_is_filled_again(
+    stored: str, wanted: list[int], tmp_path: Path
+) -> None:
+    remote, digests = PreparedSet.open(stored), []
+    with loader_of(remote, CacheOptions(tmp_path / "cache")) as loader:
+        for number, at in enumerate(loader.steps(0, STEPS * BATCH)):
+            if number in (3, 15):
+                shutil.rmtree(tmp_path / "cache")
+            digests.append(sum(batch.digest for batch in loader.micro_batches(at)) % 2**64)
+    assert digests == wanted
+
+
+def test_two_jobs_on_one_small_cache_both_finish(stored: str, wanted: list[int], tmp_path: Path) -> None:
+    remote = PreparedSet.open(stored)
+    made: dict[int, list[int]] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: made.update({n: walk(remote, small(tmp_path, remote))})) for n in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == {0: wanted, 1: wanted}
