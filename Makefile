@@ -9,6 +9,8 @@ SIZE ?= full
 DEVICE ?= cpu
 IMAGES ?=
 OUT ?=
+# s3: the demo starts an object store and trains from it.
+STORE ?=
 # Which tests: any of unit distributed store e2e slurm gpu.
 MARKS ?= unit distributed store e2e slurm gpu
 
@@ -23,7 +25,8 @@ unexport PYTHONPATH
 .PHONY: help setup demo test lint format clean
 
 help:
-	@echo "make demo [SIZE=smoke|full] [IMAGES=folder] [DEVICE=cpu|cuda] [OUT=folder]   the main job in small"
+	@echo "make demo [SIZE=smoke|full] [IMAGES=folder] [DEVICE=cpu|cuda] [OUT=folder] [STORE=s3]"
+	@echo "                                                                            the main job in small"
 	@echo "make test [MARKS=\"unit distributed store e2e slurm gpu\"]                      the tests"
 	@echo "make setup [PYTHON=python3] [TORCH=$(TORCH)] [TORCH_INDEX=url]               .venv alone (V100: TORCH=2.10.0)"
 	@echo "make lint | format | clean                                                  clean keeps what the demo and runs wrote"
@@ -35,7 +38,8 @@ $(STAMP): requirements.txt requirements-cuda.txt pyproject.toml tools/install.sh
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/pixart-ds demo --size "$(SIZE)" --device "$(DEVICE)" $(if $(IMAGES),--images "$(IMAGES)") $(if $(OUT),--out "$(OUT)")
+	@$(BIN)/pixart-ds demo --size "$(SIZE)" --device "$(DEVICE)" $(if $(IMAGES),--images "$(IMAGES)") $(if $(OUT),--out "$(OUT)") \
+	  $(if $(STORE),--store "$(STORE)")
 
 # One line and its time for a check that passes, what it found for one that fails.
 define check
@@ -56,4 +60,4 @@ test: lint
 	@bash tools/test.sh $(BIN) $(MARKS)
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-swift build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

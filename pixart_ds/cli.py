@@ -51,10 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--images", type=Path, help="folder of your own pictures and captions instead of drawn ones")
     verb.add_argument(
-        "--out", type=Path, help="folder for everything (default: demo-runs/SIZE); run again to go on where it stopped"
+        "--out",
+        type=Path,
+        help="folder for everything (default: demo-runs/SIZE or SIZE-s3); run again to go on where it stopped",
     )
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     verb.add_argument("--processes", type=_positive, default=2, help="ranks (default 2)")
+    verb.add_argument(
+        "--store",
+        choices=("folder", "s3"),
+        default="folder",
+        help="where training reads from; s3: an object store that the demo starts (OpenStack Swift)",
+    )
 
     verb = _add(verbs, "config", _config, "show a recipe as it resolves, or what is wrong with it")
     verb.add_argument("recipe", help="path or name of a recipe: stage2, chain, demo/prepare, …")
@@ -77,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     _sets(verb)
     verb.add_argument("--processes", type=_positive, default=1, help="encoding processes (default 1)")
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the encoders compute")
+    _dry_run(verb)
+    _json(verb)
+
+    verb = _add(verbs, "upload", _upload, "copy a prepared set into an object store; an interrupted upload goes on")
+    verb.add_argument("set", type=Path, help="folder of the prepared set")
+    verb.add_argument(
+        "url", help="s3://bucket/prefix; endpoint, region and keys as boto3 takes them: AWS_ENDPOINT_URL_S3, …"
+    )
     _dry_run(verb)
     _json(verb)
 
@@ -232,8 +248,17 @@ def _print_json(value: Any) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from pixart_ds.demo.run import Demo
 
-    out = options.out or Path("demo-runs") / options.size
-    return Demo(out, size=options.size, images=options.images, device=options.device, processes=options.processes).run()
+    out = options.out or Path("demo-runs") / (
+        options.size if options.store == "folder" else f"{options.size}-{options.store}"
+    )
+    return Demo(
+        out,
+        size=options.size,
+        images=options.images,
+        device=options.device,
+        processes=options.processes,
+        store=options.store,
+    ).run()
 
 
 def _config(options: argparse.Namespace) -> int:
@@ -276,6 +301,16 @@ def _prepare(options: argparse.Namespace) -> int:
         return EXIT_DONE
     report = pipeline.prepare(config, processes=options.processes, device=options.device)
     _print_json(report.to_json()) if options.json else print(report)
+    return EXIT_DONE
+
+
+def _upload(options: argparse.Namespace) -> int:
+    from pixart_ds.data.store import upload_folder
+    from pixart_ds.log import Log
+
+    log = Log("upload", None if options.json else sys.stdout)
+    done = upload_folder(options.set, options.url, report=log.event, dry_run=options.dry_run)
+    _print_json(done.to_json()) if options.json else print(done)
     return EXIT_DONE
 
 

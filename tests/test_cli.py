@@ -12,7 +12,20 @@ import yaml
 
 from pixart_ds.cli import main
 
-VERBS = ("demo", "config", "estimate", "prepare", "create", "train", "status", "audit", "sample", "export", "import")
+VERBS = (
+    "demo",
+    "config",
+    "estimate",
+    "prepare",
+    "upload",
+    "create",
+    "train",
+    "status",
+    "audit",
+    "sample",
+    "export",
+    "import",
+)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

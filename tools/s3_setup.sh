@@ -4,18 +4,23 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.venv-swift} list=tools/s3_server.txt
-cmp -s "$list" "$folder/.installed" && exit 0
-mkdir -p "$folder"
-exec 9>"$folder/.lock"
-flock 9 # one of several that ask at once makes it, the others wait
-cmp -s "$list" "$folder/.installed" && exit 0
 log=$folder/install.log
-{
-  "${PYTHON:-python3}" -m venv "$folder"
-  "$folder/bin/python" -m pip install --no-input --disable-pip-version-check --no-deps -r "$list"
-  "$folder/bin/python" -c 'import swift.common.wsgi, swift.proxy.server, swift.obj.server'
-} >"$log" 2>&1 || {
-  echo "the environment of the S3 server could not be made; the end of $log:" >&2
+made() { [ -x "$folder/bin/python" ] && cmp -s "$list" "$folder/.installed"; }
+install() {
+  "$folder/bin/python" -m pip install --no-input --disable-pip-version-check --no-deps -r "$list" &&
+    "$folder/bin/python" -c 'import swift.common.wsgi, swift.proxy.server, swift.obj.server'
+}
+if made; then exit 0; fi
+exec 9<"$list"
+flock 9 # one of several that ask at once makes it, the others wait
+if made; then exit 0; fi
+"${PYTHON:-python3}" -c 'import venv, ensurepip' 2>/dev/null || {
+  echo "Python's venv is missing. Install it: sudo apt-get install -y python3-venv" >&2
+  exit 3
+}
+"${PYTHON:-python3}" -m venv --clear "$folder"
+install >"$log" 2>&1 || {
+  echo "OpenStack Swift could not be installed; the end of $log:" >&2
   tail -n 20 "$log" >&2
   exit 3
 }

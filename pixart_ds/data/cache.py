@@ -40,6 +40,8 @@ _EVICT, _TABLE, _USERS = "evict", "table", "users"
 _ENTRY_BYTES = 16
 _POLL_SECONDS = 0.02
 _LEAST_SHARDS = 4
+_PART_OF_DISK = 0.95
+_BLOCK_BYTES = 4096
 _TRIES_IF_FINAL = 3
 
 
@@ -49,7 +51,7 @@ class CacheOptions:
 
     Attributes:
         folder: On a local disk; shared by jobs.
-        limit_bytes: Of all sets in the folder together; None: as much as the disk holds.
+        limit_bytes: Of all sets in the folder together; None: as much as the disk holds when the cache is opened.
         patience_seconds: How long a shard is asked for before the error is raised.
         guard_seconds: Shards used within this time are evicted last.
         keep: Whether the folder outlives its last user.
@@ -105,13 +107,6 @@ class ShardCache:
         self._evicting = threading.Lock()
         self._asked: set[int] = set()
         self._turn = threading.Condition()
-        largest = int(index.sizes.max(initial=0))
-        if options.limit_bytes is not None and options.limit_bytes < _LEAST_SHARDS * largest:
-            raise DataError(
-                f"the cache limit of {options.limit_bytes:,} bytes is below {_LEAST_SHARDS} times the largest shard ({largest:,})",
-                where="execution.cache.limit_gb",
-                remedy="raise the limit",
-            )
         with self._of_the_disk():
             self.root.mkdir(parents=True, exist_ok=True)
             self._users = os.open(self.root / _USERS, os.O_RDWR | os.O_CREAT, 0o666)
@@ -119,6 +114,21 @@ class ShardCache:
             self._table = _Table(self.root / _TABLE, len(index))
             self._evict_file = os.open(options.folder / _EVICT, os.O_RDWR | os.O_CREAT, 0o666)
         self._adopt()
+        self.limit_bytes = self._limit()
+
+    def _limit(self) -> int:
+        """As the options say, else what the disk holds now; what other programs write later is met by evicting."""
+        stated, largest = self.options.limit_bytes, _on_disk(int(self.index.sizes.max(initial=0)))
+        disk = os.statvfs(self.root)
+        limit = int(_PART_OF_DISK * (disk.f_bavail * disk.f_frsize + self._used_bytes())) if stated is None else stated
+        if limit < _LEAST_SHARDS * largest:
+            what = "what the disk has free" if stated is None else "the cache limit"
+            raise DataError(
+                f"{what}, {limit:,} bytes, is below {_LEAST_SHARDS} times the largest shard ({largest:,})",
+                where=self.options.folder if stated is None else "execution.cache.limit_gb",
+                remedy="free the disk, or name another execution.cache.folder" if stated is None else "raise the limit",
+            )
+        return limit
 
     # ---- opening ---------------------------------------------------------------------------------------------------
 
@@ -247,8 +257,7 @@ class ShardCache:
     # ---- room ------------------------------------------------------------------------------------------------------
 
     def _make_room(self) -> None:
-        limit = self.options.limit_bytes
-        while limit is not None and self._used_bytes() > limit and self._evict():
+        while self._used_bytes() > self.limit_bytes and self._evict():
             pass
 
     def _used_bytes(self) -> int:
@@ -372,7 +381,7 @@ class _Table:
         self.used, self.bytes = values[:, 0], values[:, 1]
 
     def use(self, number: int, size: int, when: float | None = None) -> None:
-        self.bytes[number] = size
+        self.bytes[number] = _on_disk(size)
         self.used[number] = time.time() if when is None else when
 
     def forget(self, number: int) -> None:
@@ -385,6 +394,10 @@ class _Table:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _on_disk(size: int) -> int:
+    return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _lock(descriptor: int, kind: int, byte: int, wait: float, closing: threading.Event | None = None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pixart_ds.data.cache import CacheOptions
+from pixart_ds.data.cache import CacheOptions, ShardCache
 from pixart_ds.data.mds import OpenShard
 from pixart_ds.data.reader import Buffer, MicroBatch, Reader, ShardKey
 from pixart_ds.data.shards import PreparedSet
@@ -97,6 +97,7 @@ class Loader:
         self._shards = _Shards(sets, latents, cache, fetchers)
         self.patience_seconds = _GRACE_SECONDS + (cache.patience_seconds if cache else _PATIENCE_SECONDS)
         self._steps: deque[tuple[int, deque[_Job]]] = deque()  # planned steps
+        self._planned: deque[_Job] = deque()  # jobs of which nothing is asked yet
         self._fetching: deque[_Job] = deque()  # jobs whose shards are on their way
         self._reading: deque[_Job] = deque()  # jobs that a reader has
         self._next = self._until = 0
@@ -142,8 +143,12 @@ class Loader:
 
     def _advance(self) -> None:
         """Plans, fetches and reads as far ahead as the bounds allow."""
-        while self._next < self._until and (len(self._steps) < 2 or not self._far_enough()):
+        while self._next < self._until and (len(self._steps) < 2 or len(self._planned) < self.ahead):
             self._plan_step()
+        while self._planned and not self._far_enough():
+            job = self._planned.popleft()
+            self._shards.want(job.needs)
+            self._fetching.append(job)
         while self._fetching and len(self._reading) < self.ahead and (buffer := self._buffer()) is not None:
             job = self._fetching.popleft()
             job.buffer = buffer
@@ -153,17 +158,15 @@ class Loader:
 
     def _far_enough(self) -> bool:
         ahead = len(self._fetching) + len(self._reading)
-        return ahead >= max(self.ahead, _WINDOW_BATCHES) or (
-            ahead >= self.ahead and self._shards.open_bytes >= _WINDOW_BYTES
+        return ahead >= self.ahead and (
+            ahead >= _WINDOW_BATCHES or self._shards.open_bytes >= self._shards.window_bytes
         )
 
     def _plan_step(self) -> None:
         share = self.order.share(self._next, self.global_batch_size, self.rank, self.world_size)
         jobs = deque(_Job(plan, self._reader.needs(plan)) for plan in micro_batches(share, self.micro_batch_size))
-        for job in jobs:
-            self._shards.want(job.needs)
         self._steps.append((self._next, jobs))
-        self._fetching.extend(jobs)
+        self._planned.extend(jobs)
         self._next += self.global_batch_size
 
     def _buffer(self) -> Buffer | None:
@@ -223,6 +226,7 @@ class Loader:
         else:
             self._free += [job.buffer for job in self._reading if job.buffer is not None]
         self._steps.clear()
+        self._planned.clear()
         self._fetching.clear()
         self._reading.clear()
 
@@ -245,6 +249,9 @@ class _Shards:
             for number, prepared in enumerate(sets)
             for name in ("captions", latents)
         }
+        limits = [source.limit_bytes for source in self._sources.values() if isinstance(source, ShardCache)]
+        # a shard that is open takes its place on the disk even after it was evicted
+        self.window_bytes = min([_WINDOW_BYTES, *(limit // 4 for limit in limits)])
         self.futures: dict[ShardKey, Future[OpenShard]] = {}
         self.open_bytes = 0
         self._users: dict[ShardKey, int] = {}

@@ -220,20 +220,19 @@ def _kind(cause: Exception) -> tuple[str, str]:
     if isinstance(answer, dict):  # some refusals have no body that says why
         code = str(answer.get("Error", {}).get("Code") or answer["ResponseMetadata"]["HTTPStatusCode"])
         return _KINDS.get(code, "silent"), code
-    from botocore.exceptions import (  # type: ignore[import-untyped]
-        BotoCoreError,
-        HTTPClientError,
-        IncompleteReadError,
-    )
+    from botocore import exceptions  # type: ignore[import-untyped]
 
-    name = type(cause).__name__
-    if "CERTIFICATE_VERIFY_FAILED" in str(cause) or "TLS CA certificate bundle" in str(cause):
+    name, words = type(cause).__name__, str(cause)
+    if name == "SSLError" and "No such file" in words:
+        return "no authority", name
+    if "CERTIFICATE_VERIFY_FAILED" in words:
         return "certificate", name
-    if "Credential" in name or name == "ProfileNotFound":
+    if "Credential" in name:
         return "no keys", name
-    if isinstance(cause, HTTPClientError | IncompleteReadError) or not isinstance(cause, BotoCoreError | ValueError):
-        return "silent", name
-    return "setting", name
+    network = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
+    if isinstance(cause, exceptions.BotoCoreError | ValueError) and not isinstance(cause, network):
+        return "setting", name
+    return "silent", name
 
 
 def _store_error(url: str, name: str, cause: Exception, *, writing: bool) -> StoreError:
@@ -269,6 +268,10 @@ def _store_error(url: str, name: str, cause: Exception, *, writing: bool) -> Sto
             f"the certificate of {s3_endpoint()} is not trusted: {cause}",
             "name the file with the certificate of its authority in AWS_CA_BUNDLE",
         ),
+        "no authority": (
+            f"there is no file {os.environ.get('AWS_CA_BUNDLE') or os.environ.get('REQUESTS_CA_BUNDLE')} of certificates",
+            "correct AWS_CA_BUNDLE",
+        ),
         "setting": (
             f"a setting of the store is wrong: {cause}",
             "check the address, AWS_ENDPOINT_URL_S3 (http://host:port or https://…) and the other AWS_… variables",
@@ -278,7 +281,7 @@ def _store_error(url: str, name: str, cause: Exception, *, writing: bool) -> Sto
             f"check that {s3_endpoint()} can be reached from this node",
         ),
     }[kind]
-    return StoreError(what, where=url, remedy=remedy, final=kind != "silent")
+    return StoreError(what, where=url, remedy=remedy, final=kind != "silent", missing=kind == "missing")
 
 
 @dataclass(frozen=True)

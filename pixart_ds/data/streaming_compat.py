@@ -7,24 +7,13 @@ import types
 from typing import Any
 
 
-def _prepare() -> None:
-    """`import streaming` imports `streaming.vision`, which imports torchvision, whose PyPI build does not load beside a CPU build
-    of torch; nothing here reads pictures through Streaming, so an empty module takes its place.
+def mds_writer() -> Any:
+    """Streaming's `MDSWriter` class.
+
+    `import streaming` imports `streaming.vision`, which imports torchvision, whose PyPI build does not load beside a CPU build of
+    torch; nothing here reads pictures through Streaming, so an empty module takes its place.
     """
     sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
-
-
-def mds_writer() -> Any:
-    """Streaming's `MDSWriter` class."""
-    _prepare()
     from streaming import MDSWriter
 
     return MDSWriter
-
-
-def cloud_downloader(url: str) -> Any:
-    """Streaming's downloader for an address, with `download(remote, local, timeout)` and `clean_up()`."""
-    _prepare()
-    from streaming.base.storage.download import CloudDownloader
-
-    return CloudDownloader.get(url)

@@ -55,6 +55,7 @@ class Demo:
         images: The user's own pictures and captions instead of drawn ones.
         device: cpu or cuda.
         processes: Ranks.
+        store: Where training reads the prepared set: folder, or s3 for an object store that the demo starts.
     """
 
     out: Path
@@ -62,6 +63,7 @@ class Demo:
     images: Path | None = None
     device: str = "cpu"
     processes: int = 2
+    store: str = "folder"
     times: list[tuple[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -85,7 +87,11 @@ class Demo:
             )
         with self._part("prepare latents and caption features"):
             self._prepare()
-        run = self._create()
+        with self._stored() as path:
+            self._train_and_show(self._create(path))
+        return 0
+
+    def _train_and_show(self, run: RunLayout) -> None:
         sheets = []
         for name in files.read_json(run.manifest)["stages"]:
             stage = read_stage(run, name)
@@ -97,7 +103,6 @@ class Demo:
             picture = self._export(run, stage)
         report = self._cost_report()
         self._summary(sheets, picture, report)
-        return 0
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
@@ -145,13 +150,28 @@ class Demo:
         for line in str(report).splitlines():
             self.log.event(f"   {line}")
 
-    def _create(self) -> RunLayout:
+    @contextmanager
+    def _stored(self) -> Iterator[str]:
+        """The path that training reads the prepared set from: its folder, or where it lies in a store that runs meanwhile."""
+        if self.store == "folder":
+            yield str(self.data.resolve())
+            return
+        from pixart_ds.demo.store import DemoStore
+
+        self.log.event("── start an object store")
+        with DemoStore(self.out / "store", self.log) as store:
+            with self._part("upload the prepared set"):
+                store.upload(self.data)
+            yield store.url
+
+    def _create(self, path: str) -> RunLayout:
         from pixart_ds.data.shards import PreparedSet
 
         classes = PreparedSet.open(self.data).description.classes
-        sets = json.dumps([{"path": str(self.data.resolve())}])
         recipe = f"{self.about.recipes}/chain"
-        overrides = [f"*.data.sets={sets}", f"stage1.model.num_classes={max(1, len(classes))}"]
+        overrides = [f"*.data.sets={json.dumps([{'path': path}])}", f"stage1.model.num_classes={max(1, len(classes))}"]
+        if self.store != "folder":
+            overrides.append("*.execution.cache.mode=node-job")  # there is nothing to be read in place
         return create_run(self.run_layout.root, load_chain(recipe, overrides), recipe)
 
     def _train(self, run: RunLayout, stage: StageConfig) -> None:
@@ -229,6 +249,9 @@ class Demo:
 
     def _summary(self, sheets: Sequence[tuple[str, Sheet]], picture: Path, report: str) -> None:
         lines = ["", report.rstrip(), ""]
+        source = (
+            self.run_layout.root if self.store == "folder" else self.out / "pipeline"
+        )  # the run's set stops with the store
         if any(sheet.score for _, sheet in sheets):
             lines.append("What the judge reads in the pictures of held-out prompts (share that is right):")
             lines.append(f"  {'stage':<14}" + "".join(f"{name:>9}" for name in MEASURES))
@@ -251,7 +274,7 @@ class Demo:
             f"  cost report              {self.out / 'cost_report.txt'}",
             "",
             "Next:",
-            f'  pixart-ds sample {self.run_layout.root} --prompt "{self._prompts()[0]}" --out picture.png',
+            f'  pixart-ds sample {source} --prompt "{self._prompts()[0]}" --out picture.png',
             f"  tensorboard --logdir {self.run_layout.root}",
         ]
         print("\n".join(lines), flush=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import shutil
 import socket
-import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,10 +63,19 @@ def test_a_bucket_may_be_a_set_and_threads_and_forks_share_a_store(s3: S3Server,
         s3.put(bucket, f"{number}.mds", words)
     store = open_store(f"s3://{bucket}")
     with ThreadPoolExecutor(6) as pool:
-        pool.map(lambda n: store.fetch(f"{n}.mds", tmp_path / str(n)), range(6))
+        list(pool.map(lambda n: store.fetch(f"{n}.mds", tmp_path / str(n)), range(6)))
     assert [(tmp_path / str(number)).read_bytes() for number in range(6)] == content
-    with multiprocessing.get_context("fork").Pool(2) as processes:
-        assert processes.map(store.read, [f"{number}.mds" for number in range(6)]) == content
+
+    def read_again(offset: int) -> None:
+        numbers = [(number + offset) % 6 for number in range(6)]
+        os._exit(0 if all(store.read(f"{number}.mds") == content[number] for number in numbers) else 1)
+
+    forked = [multiprocessing.get_context("fork").Process(target=read_again, args=(offset,)) for offset in range(3)]
+    for process in forked:
+        process.start()
+    for process in forked:
+        process.join()
+    assert [process.exitcode for process in forked] == [0, 0, 0]
 
 
 def test_a_file_that_is_there_is_not_written_over(s3: S3Server, bucket: str, tmp_path: Path) -> None:
@@ -104,7 +114,9 @@ def test_wrong_keys_are_refused_and_not_called_missing(
         error = failure(f"s3://{bucket}", tmp_path)
         assert (error.what, error.final) == ("the store refuses shard.mds (error SignatureDoesNotMatch)", True)
         assert "AWS_SECRET_ACCESS_KEY" in str(error)
-        assert len(s3.requests("GET", f"/{bucket}/shard.mds")) == 2  # one for each of fetch and read: nothing is tried again
+        assert (
+            len(s3.requests("GET", f"/{bucket}/shard.mds")) == 2
+        )  # one for each of fetch and read: nothing is tried again
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     error = failure(f"s3://{bucket}", tmp_path)
@@ -113,9 +125,7 @@ def test_wrong_keys_are_refused_and_not_called_missing(
     assert error.final
 
 
-def test_another_region_than_the_stores_still_works(
-    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_region_than_the_stores_still_works(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     s3.put(bucket, "index.json", b"{}")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     assert open_store(f"s3://{bucket}").read("index.json") == b"{}"  # the store's answer names the right one
@@ -153,39 +163,86 @@ def test_a_store_that_falls_silent_is_given_up_and_leaves_no_partial_file(
     own_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "_READ_TIMEOUT_SECONDS", 0.5)
-    own_server.put("own", "shard.mds", os.urandom(32 << 20))
-    store = open_store("s3://own")
-    began = time.monotonic()
-    threading.Timer(0.0, lambda: _freeze_when(own_server, tmp_path / "part")).start()
-    with pytest.raises(StoreError) as caught:
-        store.fetch("shard.mds", _Slow(tmp_path / "part"))
-    assert not caught.value.final
-    assert "the store did not give shard.mds" in caught.value.what
-    assert not (tmp_path / "part").exists()
-    error = failure("s3://own", tmp_path)
-    assert "ReadTimeoutError" in error.what
+    own_server.put("own", "shard.mds", os.urandom(32 << 20))  # more than the buffers of a connection hold
+    pieces = S3Store._pieces
+
+    def frozen_after_the_first(self: S3Store, name: str) -> Iterator[bytes]:
+        for number, piece in enumerate(pieces(self, name)):
+            yield piece
+            if number == 0:
+                assert (tmp_path / "part").exists()
+                own_server.freeze()
+
+    with monkeypatch.context() as slow:
+        slow.setattr(S3Store, "_pieces", frozen_after_the_first)
+        error = failure("s3://own", tmp_path)
+    assert "the store did not give shard.mds: ReadTimeoutError" in error.what
     assert not error.final
-    assert time.monotonic() - began < 2 * SOON_SECONDS
+    began = time.monotonic()
+    assert not failure("s3://own", tmp_path).final  # silent from the beginning: asked three times
+    assert time.monotonic() - began > 2 * 3 * 0.5
     own_server.thaw()
-    store.fetch("shard.mds", tmp_path / "part")
+    open_store("s3://own").fetch("shard.mds", tmp_path / "part")
     assert (tmp_path / "part").stat().st_size == 32 << 20
 
 
-class _Slow(type(Path())):  # type: ignore[misc]
-    """A path that is written to slowly, so that a test can act in the middle."""
-
-
-def _freeze_when(server: S3Server, path: Path) -> None:
-    while not (path.exists() and path.stat().st_size):
-        time.sleep(0.001)
-    server.freeze()
-
-
-def test_a_full_disk_is_no_fault_of_the_store(
-    s3: S3Server, bucket: str, tmp_path: Path
-) -> None:
-    s3.put(bucket, "shard.mds", b"content")
+def test_a_fault_of_the_disk_is_no_fault_of_the_store(s3: S3Server, bucket: str, tmp_path: Path) -> None:
+    s3.put(bucket, "shard.mds", bytes(4 << 20))
+    store = open_store(f"s3://{bucket}")
     with pytest.raises(FileNotFoundError):
-        open_store(f"s3://{bucket}").fetch("shard.mds", tmp_path / "no-folder" / "part")
-    with pytest.raises(OSError, match="No space left"):
-        open_store(f"s3://{bucket}").fetch("shard.mds", Path("/dev/full"))
+        store.fetch("shard.mds", tmp_path / "no-folder" / "part")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.fetch("shard.mds", tmp_path / "part")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "part").exists()
+
+
+def test_https_with_a_private_authority_works_and_without_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = S3Server(tmp_path / "s3", https=True)
+    try:
+        server.start()
+        server.use(monkeypatch)
+        assert server.endpoint.startswith("https://")
+        server.make_bucket("own")
+        content = os.urandom(20 << 20)
+        (tmp_path / "set").mkdir()
+        (tmp_path / "set" / "manifest.json").write_text("{}")
+        (tmp_path / "set" / "shard.mds").write_bytes(content)
+        upload_folder(tmp_path / "set", "s3://own/set")
+        assert open_store("s3://own/set").read("shard.mds") == content
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none.pem"))
+        error = failure("s3://own/set", tmp_path)
+        assert "none.pem" in error.what
+        assert error.final
+        monkeypatch.delenv("AWS_CA_BUNDLE")
+        error = failure("s3://own/set", tmp_path)
+        assert f"the certificate of {server.endpoint} is not trusted" in error.what
+        assert "name the file with the certificate of its authority in AWS_CA_BUNDLE" in str(error)
+        assert error.final
+    finally:
+        server.stop()
+
+
+def test_a_folder_is_a_store_too(tmp_path: Path) -> None:
+    tiny_set(tmp_path / "set")
+    store = open_store(tmp_path / "set")
+    assert isinstance(store, FolderStore)
+    store.fetch("manifest.json", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == store.read("manifest.json")
+    shutil.rmtree(tmp_path / "set")
+    with pytest.raises(StoreError, match="is missing") as caught:
+        store.fetch("manifest.json", tmp_path / "other")
+    assert caught.value.final
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/set", "s3://", "s3:///set"])
+def test_other_addresses_are_refused(address: str) -> None:
+    with pytest.raises(DataError, match="s3://"):
+        open_store(address)
