@@ -58,7 +58,7 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> None:
     batch = stage.global_batch_size
     with (
         training.loader() as loader,
-        Meter(job.attempt, stage, log, active=world.rank == 0, world_size=world.size) as meter,
+        Meter(job.attempt, stage, log, active=world.rank == 0, world_size=world.size, launch=job.launch) as meter,
     ):
         for images_seen in loader.steps(state.images_seen, stage.total_images):
             step = _Step(stage.min_snr_gamma)
@@ -97,7 +97,7 @@ class _Training:
         start = None if found else initial_weights(job.run, stage, net, self.sets)
         self.engine = Engine.build(net, stage, world, deepspeed_config.merge(stage, files.read_json(layout.deepspeed)))
         self.shelf = Shelf(layout, job.attempt.number, job.launch, self.engine, world, keep=stage.checkpoint.keep)
-        self.origin = {"order": self.order.fingerprint, "stage": fingerprint(identity(stage))}
+        self.origin = {"order": self.order.fingerprint}
         if start is None:
             saved = self.shelf.resume(found)
             assert saved is not None
@@ -167,6 +167,7 @@ class _Training:
         about = {
             "stage": self.stage.name,
             "images_seen": self.state.images_seen,
+            "recipe": fingerprint(identity(self.stage)),
             **self.origin,
             "lineage": self.lineage,
         }

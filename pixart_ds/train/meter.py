@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from pixart_ds.config.schema import StageConfig
-from pixart_ds.engine.line import MAX_LAUNCHES
 from pixart_ds.layout import AttemptLayout
 from pixart_ds.log import Log, duration, si
 from pixart_ds.train.state import TrainState
@@ -27,9 +26,12 @@ class Meter:
     Args:
         active: Whether this is rank 0.
         world_size: Ranks, for the rate of each.
+        launch: Number of this launch within the attempt.
     """
 
-    def __init__(self, attempt: AttemptLayout, stage: StageConfig, log: Log, *, active: bool, world_size: int) -> None:
+    def __init__(
+        self, attempt: AttemptLayout, stage: StageConfig, log: Log, *, active: bool, world_size: int, launch: int
+    ) -> None:
         self.active = active
         if not active:
             return
@@ -38,7 +40,7 @@ class Meter:
         self.stage = stage
         self.log = log
         self.world_size = world_size
-        self._writer = {"attempt": attempt.number, "launch": _launch(attempt), "world_size": world_size}
+        self._writer = {"attempt": attempt.number, "launch": launch, "world_size": world_size}
         self._metrics = _append_to(attempt.metrics, buffering=1)
         self._audit = _append_to(attempt.audit)
         self._events = SummaryWriter(str(attempt.tensorboard))
@@ -122,12 +124,6 @@ class Meter:
     @property
     def smooth_loss(self) -> float | None:
         return self._loss if self.active else None
-
-
-def _launch(attempt: AttemptLayout) -> int:
-    """The launch that is under way: the newest of the attempt's start files, which is durable before the first step."""
-    present = {path.name for path in attempt.root.iterdir()}
-    return max((launch for launch in range(MAX_LAUNCHES + 1) if attempt.start(launch).name in present), default=1)
 
 
 def _append_to(path: Path, buffering: int = -1) -> TextIO:

@@ -77,7 +77,7 @@ def test_checkpoints_are_whole_and_sharded(demo: tuple[Path, str]) -> None:
     stored = reader.state_dict("ema")
     assert set(stored) == set(handed.state)
     assert all((stored[name] == value).all() for name, value in handed.state.items())
-    assert handed.lineage["lineage"]["source"] == "reparameterise"
+    assert (handed.lineage["stage"], handed.lineage["lineage"]["source"]) == ("stage2", "reparameterise")
     assert handed.lineage["lineage"]["from"]["lineage"]["source"] == "scratch"
     assert not [p for p in (demo[0] / "run").rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 

@@ -83,7 +83,7 @@ class FakeRun:
         state = TrainState.from_json(self.states[origin].to_json())
         lines.write_start(self.layout, lines.Start((attempt, launch), origin, state.to_json()))
         saved = []
-        with Meter(folder, self.config, Log("s", None), active=True, world_size=world) as meter:
+        with Meter(folder, self.config, Log("s", None), active=True, world_size=world, launch=launch) as meter:
             while state.images_seen < upto * BATCH:
                 digest = self.digest(state.images_seen, world)
                 step = state.images_seen // BATCH + 1
