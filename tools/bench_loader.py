@@ -263,16 +263,23 @@ def _limit(folder: Path, samples: int) -> float:
     return samples / (time.perf_counter() - began)
 
 
-def beside_training(made: PreparedSet, rounds: int) -> dict[str, float]:
-    """How much a training step of some 80 ms of one core is slowed by the loader that feeds it, four samples a step."""
-    layers = [torch.nn.TransformerEncoderLayer(384, 6, 1536, batch_first=True) for _ in range(3)]
-    net, x = torch.nn.Sequential(*layers), torch.randn(4, 96, 384)
+class _Trainer:
+    """Training steps of some 80 ms of one core."""
 
-    def step() -> float:
+    def __init__(self) -> None:
+        layers = [torch.nn.TransformerEncoderLayer(384, 6, 1536, batch_first=True) for _ in range(3)]
+        self.net, self.x = torch.nn.Sequential(*layers), torch.randn(2, 64, 384)
+
+    def step(self) -> float:
+        """Seconds of one."""
         began = time.perf_counter()
-        net(x).square().mean().backward()
+        self.net(self.x).square().mean().backward()
         return time.perf_counter() - began
 
+
+def beside_training(made: PreparedSet, rounds: int) -> dict[str, float]:
+    """How much a training step is slowed by the loader that feeds it from a warm disk, four samples a step."""
+    step = _Trainer().step
     alone, fed = [], []
     steps = 24
     for _ in range(rounds + 1):
@@ -281,6 +288,40 @@ def beside_training(made: PreparedSet, rounds: int) -> dict[str, float]:
             fed.append(statistics.median(step() for _ in _ours(loader, 4 * steps)))
     ratios = [two / one for one, two in zip(alone[1:], fed[1:], strict=True)]
     return {"step_ms": 1e3 * statistics.median(alone[1:]), "slowdown": statistics.median(ratios) - 1}
+
+
+_HELPER = """
+import sys
+from pathlib import Path
+from pixart_ds.data.cache import CacheOptions
+from pixart_ds.data.shards import PreparedSet
+made = PreparedSet.open(sys.argv[1])
+sources = [made.source(name, CacheOptions(Path(sys.argv[2]))) for name in ("captions", "256")]
+for number in range(len(made.counts)):
+    for source in sources:
+        source.open(number)
+"""
+
+
+def downloads_beside_training(folder: Path, remote: PreparedSet) -> dict[str, dict[str, float]]:
+    """Steps fed from a cold cache, with the downloads in the rank's own threads, and in another process that runs ahead."""
+    train = _Trainer()
+    alone = sorted(train.step() for _ in range(48))
+    made = {"alone": {"median_ms": 1e3 * statistics.median(alone), "worst_ms": 1e3 * alone[-1]}}
+    for where in ("rank", "helper"):
+        cache, helper = folder / f"cache-{where}", None
+        if where == "helper":
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            helper = subprocess.Popen([sys.executable, "-c", _HELPER, remote.path, str(cache)], env=environment)
+        steps = []
+        with our_loader(remote, batch=8, cache=CacheOptions(cache)) as loader:
+            for _ in _ours(loader, remote.num_samples // 8 * 8):
+                steps.append(train.step())
+        if helper is not None:
+            helper.wait()
+        steps.sort()
+        made[where] = {"median_ms": 1e3 * statistics.median(steps), "worst_ms": 1e3 * steps[-1]}
+    return made
 
 
 def from_store(folder: Path, made: PreparedSet) -> dict[str, Any]:
@@ -297,6 +338,7 @@ def from_store(folder: Path, made: PreparedSet) -> dict[str, Any]:
             fetched = sum(source.downloads for source in sources)  # type: ignore[attr-defined]
             again = timed(_ours(loader, made.num_samples), _count)
             more = sum(source.downloads for source in sources) - fetched  # type: ignore[attr-defined]
+        beside = downloads_beside_training(folder, remote)
         stock_url = f"s3://{bucket}/stock"
         _put_stock(folder / "stock", bucket)
         began = time.perf_counter()
@@ -307,6 +349,7 @@ def from_store(folder: Path, made: PreparedSet) -> dict[str, Any]:
             "second_pass": vars(again),
             "stock, 1 worker, cold": vars(peer),
         },
+        "downloads_beside_training": beside,
         "first_batch_s": cold.first,
         "epoch2_store_fraction": more / fetched,
     }
@@ -389,6 +432,13 @@ def _print(answer: dict[str, Any]) -> None:
     if "store" in answer:
         for name, row in answer["store"].items():
             print(f"  S3, {name}: {row['rate']:,.0f} samples/s, first batch after {row['first']:.2f} s")
+        for name, row in answer["downloads_beside_training"].items():
+            where = {
+                "alone": "alone",
+                "rank": "fed cold, downloads in the rank",
+                "helper": "fed cold, downloads in a helper",
+            }[name]
+            print(f"  a training step {where}: median {row['median_ms']:.0f} ms, worst {row['worst_ms']:.0f} ms")
         print(f"  the second pass took {100 * answer['epoch2_store_fraction']:.1f} % of its shards from the store")
     if "plan" in answer:
         plan = answer["plan"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,14 +172,13 @@ class S3Server:
 
     def put_folder(self, folder: Path, bucket: str, prefix: str = "") -> None:
         """Copies all files of a folder, as they are."""
-        client = self.client()
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                client.put_object(
-                    Bucket=bucket,
-                    Key="/".join(filter(None, [prefix.strip("/"), path.relative_to(folder).as_posix()])),
-                    Body=path.read_bytes(),
-                )
+        client, begin = self.client(), f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+
+        def put(path: Path) -> None:
+            client.put_object(Bucket=bucket, Key=begin + path.relative_to(folder).as_posix(), Body=path.read_bytes())
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(put, [path for path in sorted(folder.rglob("*")) if path.is_file()]))
 
     def put(self, bucket: str, key: str, content: bytes) -> None:
         self.client().put_object(Bucket=bucket, Key=key, Body=content)

@@ -19,6 +19,7 @@ from pixart_ds.data.loader import Loader
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.errors import ConfigError, DataError
 from pixart_ds.plan.order import Order
+from tests.helpers.faulty_proxy import Fault, FaultyProxy
 from tests.helpers.s3 import S3Server
 from tests.helpers.sets import tiny_set
 
@@ -136,6 +137,19 @@ def test_a_store_is_not_read_in_place(stored: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read in place: it is an object store") as caught:
         walk(PreparedSet.open(stored), None)
     assert "execution.cache.mode" in str(caught.value)
+
+
+def test_refusals_and_resets_in_the_middle_of_an_epoch_change_nothing(
+    s3: S3Server, stored: str, wanted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(number: int) -> Fault:
+        return "500" if number % 5 == 2 else "reset" if number % 7 == 3 else "pass"
+
+    with FaultyProxy(s3.port, fault) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        remote = PreparedSet.open(stored)
+        assert walk(remote, small(tmp_path)) == wanted
+        assert min(proxy.counts.values()) > 10
 
 
 @pytest.mark.parametrize("seconds", [3, 20])
