@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_ds import __version__
-from pixart_ds.errors import EXIT_DATA, EXIT_DONE, PixArtError
+from pixart_ds.errors import EXIT_CHECKPOINT, EXIT_DATA, EXIT_DONE, PixArtError
 
 _EPILOG = (
     "exit codes: 0 done, 2 your config, 3 your machine, 4 your data, 5 a checkpoint, 70 our bug, "
@@ -145,6 +145,14 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="processes that recompute (default 1); each does 0.3 to 0.8 million samples a second in batches of hundreds or more",
     )
+    _json(verb)
+
+    verb = _add(verbs, "checkpoint", _checkpoint, "list, verify or show the checkpoints of a run")
+    verb.add_argument(
+        "action", choices=("list", "verify", "show"), help="verify reads every file and compares checksums"
+    )
+    verb.add_argument("path", type=Path, help="folder of a run; for verify and show also of one checkpoint")
+    verb.add_argument("--stage", help="only this stage of the run")
     _json(verb)
 
     verb = _add(verbs, "sample", _sample, "pictures from a run, a checkpoint, a handover or an exported folder")
@@ -397,6 +405,27 @@ def _audit(options: argparse.Namespace) -> int:
         answer, text = audit_run(options.run, options.stage, part, options.processes), page
     _print_json(answer) if options.json else print(text(answer))
     return EXIT_DONE if answer["proven"] else EXIT_DATA
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from pixart_ds.config.freeze import open_run
+    from pixart_ds.train import checkpoints
+
+    if options.action == "list":
+        rows = checkpoints.list_checkpoints(open_run(options.path), options.stage)
+        _print_json(rows) if options.json else print(checkpoints.table(rows))
+        return EXIT_DONE
+    if options.action == "show":
+        shown = checkpoints.show_checkpoint(options.path)
+        _print_json(shown) if options.json else print(checkpoints.page(shown))
+        return EXIT_DONE
+    rows = checkpoints.verify_checkpoints(options.path, options.stage)
+    if options.json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            print(f"{row['path']}: {row['problem'] or 'whole'}")
+    return EXIT_CHECKPOINT if any(row["problem"] for row in rows) else EXIT_DONE
 
 
 def _sample(options: argparse.Namespace) -> int:

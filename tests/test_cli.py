@@ -22,6 +22,7 @@ VERBS = (
     "train",
     "status",
     "audit",
+    "checkpoint",
     "sample",
     "export",
     "import",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,30 @@ def test_weights_go_out_of_a_sharded_checkpoint_and_come_back(demo: tuple[Path, 
     assert "starts from the raw weights of" in answer.stdout
     lineage = read_handover(tmp_path / "run/stage2/handover", "ema").lineage
     assert lineage["lineage"]["from"]["from"]["lineage"]["source"] == "reparameterise"
+
+
+def test_checkpoints_are_listed_shown_and_verified(demo: tuple[Path, str], tmp_path: Path) -> None:
+    run = demo[0] / "run"
+    rows = json.loads(call("checkpoint", "list", run, "--json").stdout)
+    assert [row["stage"] for row in rows if row["newest"]] == list(STAGES)
+    assert all(row["on_line"] for row in rows)
+    text = call("checkpoint", "list", run, "--stage", "stage2").stdout
+    assert "milestone, to go on from" in text
+    assert "stage1" not in text
+    newest = next(row["path"] for row in rows if row["stage"] == "stage2" and row["newest"])
+    shown = json.loads(call("checkpoint", "show", newest, "--json").stdout)
+    assert (shown["images_seen"], shown["world_size"], shown["model"]["kind"]) == (384, 2, "pixart")
+    assert "on 2 ranks" in call("checkpoint", "show", newest).stdout
+    answer = call("checkpoint", "verify", run)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count(": whole\n") == len(rows)
+    copy = Path(shutil.copytree(newest, tmp_path / Path(newest).name))
+    part = copy / "rank-00001-of-00002.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-5] ^= 4
+    part.write_bytes(data)
+    damaged = call("checkpoint", "verify", copy)
+    assert (damaged.returncode, "rank-00001-of-00002.safetensors is damaged" in damaged.stdout) == (5, True)
 
 
 def test_bad_data_is_told_before_a_process_starts(demo: tuple[Path, str], tmp_path: Path) -> None:
