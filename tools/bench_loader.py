@@ -33,9 +33,11 @@ from pixart_ds.data import reader as reader_module
 from pixart_ds.data.cache import CacheOptions
 from pixart_ds.data.loader import Loader
 from pixart_ds.data.shards import LatentsInfo, PreparedSet, Row, SetDescription, SetWriter
-from pixart_ds.data.store import upload_folder
+from pixart_ds.data.store import s3_client, split_url
 from pixart_ds.data.streaming_compat import mds_writer
+from pixart_ds.demo.store import DemoStore
 from pixart_ds.diffusion.noise import draw
+from pixart_ds.log import Log
 from pixart_ds.plan.order import Order, SetRows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -326,11 +328,10 @@ def downloads_beside_training(folder: Path, remote: PreparedSet) -> dict[str, di
 
 def from_store(folder: Path, made: PreparedSet) -> dict[str, Any]:
     """From a real S3 server on this machine, which shares its cores: first batch, both passes, and what the second one fetches."""
-    with s3_server(folder / "store") as bucket:
-        url = f"s3://{bucket}/ours"
-        upload_folder(folder / "ours", url)
+    with DemoStore(folder / "store", Log("bench", None)) as store:
+        store.upload(folder / "ours")
         began = time.perf_counter()
-        remote = PreparedSet.open(url)
+        remote = PreparedSet.open(store.url)
         options = CacheOptions(folder / "cache")
         with our_loader(remote, cache=options) as loader:
             cold = timed(_ours(loader, made.num_samples), _count, began=began)
@@ -339,8 +340,7 @@ def from_store(folder: Path, made: PreparedSet) -> dict[str, Any]:
             again = timed(_ours(loader, made.num_samples), _count)
             more = sum(source.downloads for source in sources) - fetched  # type: ignore[attr-defined]
         beside = downloads_beside_training(folder, remote)
-        stock_url = f"s3://{bucket}/stock"
-        _put_stock(folder / "stock", bucket)
+        stock_url = _put_stock(folder / "stock", store.url)
         began = time.perf_counter()
         peer = timed(iter(stock_loader(folder / "stock-cache", 1, stock_url)), _count, began=began)
     return {
@@ -355,45 +355,12 @@ def from_store(folder: Path, made: PreparedSet) -> dict[str, Any]:
     }
 
 
-def _put_stock(folder: Path, bucket: str) -> None:
-    import boto3
-
-    client = boto3.client("s3")
+def _put_stock(folder: Path, beside: str) -> str:
+    """Copies the peer's set into the bucket of another one; returns its address."""
+    bucket, _ = split_url(beside)
     for path in sorted(folder.iterdir()):
-        client.upload_file(str(path), bucket, f"stock/{path.name}")
-
-
-@contextmanager
-def s3_server(root: Path) -> Iterator[str]:
-    """OpenStack Swift with its S3 interface, in processes of its own; the environment says where it is. Yields a bucket."""
-    import boto3
-
-    subprocess.run(["bash", str(ROOT / "tools/s3_setup.sh")], check=True, stdout=subprocess.DEVNULL)
-    key, secret = "bench:loader", "benching"
-    command = [
-        str(ROOT / ".venv-swift/bin/python"),
-        str(ROOT / "tools/s3_server.py"),
-        str(root),
-        "--key",
-        key,
-        "--secret",
-        secret,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline().split()
-        if ready[:1] != ["READY"]:
-            raise SystemExit("the S3 server did not start")
-        os.environ |= {
-            "AWS_ENDPOINT_URL_S3": ready[1], "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "S3_ENDPOINT_URL": ready[1],
-        }  # fmt: skip
-        boto3.client("s3").create_bucket(Bucket="bench")
-        yield "bench"
-    finally:
-        process.terminate()
-        process.wait()
+        s3_client().upload_file(str(path), bucket, f"stock/{path.name}")
+    return f"s3://{bucket}/stock"
 
 
 def plan_of_ten_million() -> dict[str, float]:

@@ -141,7 +141,7 @@ class SetConfig(Section):
     """One prepared set and what is taken of it."""
 
     path: str
-    """Folder of a prepared set (written by `pixart-ds prepare`)."""
+    """Folder or s3:// address of a prepared set (written by `pixart-ds prepare`, copied by `pixart-ds upload`)."""
     count: PositiveInt | None = None
     """Only the first `count` rows of a fixed permutation of the set; never repeats."""
     min_aesthetic_score: float | None = None
