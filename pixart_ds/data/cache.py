@@ -270,7 +270,8 @@ class ShardCache:
                 yield self._table
                 continue
             with contextlib.suppress(FileNotFoundError):  # removed by its last user
-                yield _Table(path, None)
+                if path.stat().st_size:  # else another process is just making it
+                    yield _Table(path, None)
 
     def _evict(self) -> bool:
         """Removes one shard of any set: the newest outside the guard time, because passes repeat and it is needed last (the oldest

@@ -23,6 +23,8 @@ _PART_BYTES = 16 << 20  # a store admits 10,000 parts: enough for the largest sh
 _PIECE_BYTES = 1 << 20
 _READ_ATTEMPTS = 3
 _MANIFEST = "manifest.json"
+_BROKEN_OFF = ("IncompleteReadError", "ResponseStreamingError")
+"""botocore's errors of an answer that began well; those of a store that gives none were asked again by boto3 already."""
 _KINDS = {
     **dict.fromkeys(("400", "401", "403", "AccessDenied", "AllAccessDisabled", "AccountProblem"), "refused"),
     **dict.fromkeys(("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken"), "refused"),
@@ -146,7 +148,7 @@ class S3Store:
             try:
                 return b"".join(self._pieces(name))
             except StoreError as error:
-                if error.final:
+                if type(error.__cause__).__name__ not in _BROKEN_OFF:
                     raise
         return b"".join(self._pieces(name))
 

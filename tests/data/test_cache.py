@@ -198,6 +198,12 @@ def test_sets_of_one_folder_share_the_limit(made: PreparedSet, tmp_path: Path) -
         assert len(list(tmp_path.glob("*/*.mds"))) <= 6
 
 
+def test_a_table_that_another_process_is_just_making_is_no_error(made: PreparedSet, tmp_path: Path) -> None:
+    (tmp_path / "0123456789abcdef").mkdir()
+    (tmp_path / "0123456789abcdef" / "table").touch()
+    assert len(cache_of(made, tmp_path).open(0)) == 6
+
+
 def test_a_full_disk_evicts_and_then_is_an_error(made: PreparedSet, tmp_path: Path) -> None:
     full = {"on": False}
 
