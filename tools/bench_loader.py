@@ -36,7 +36,7 @@ from pixart_ds.data.shards import LatentsInfo, PreparedSet, Row, SetDescription,
 from pixart_ds.data.store import s3_client, split_url
 from pixart_ds.data.streaming_compat import mds_writer
 from pixart_ds.demo.store import DemoStore
-from pixart_ds.diffusion.noise import draw
+from pixart_ds.diffusion.noise import draw_all
 from pixart_ds.log import Log
 from pixart_ds.plan.order import Order, SetRows
 
@@ -138,12 +138,12 @@ def our_loader(made: PreparedSet, *, batch: int = BATCH, cache: CacheOptions | N
 @contextmanager
 def without_draws() -> Iterator[None]:
     """The loader's draws are all those of one sample: what is left is reading."""
-    same = draw(0, "bench", 0, 0, (4, *LATENTS[1:]), 0.1)
-    reader_module.draw = lambda *_: same
+    same = draw_all(0, "bench", [(0, 0)], (4, *LATENTS[1:]), 0.1)
+    reader_module.draw_all = lambda seed, stage, samples, *_: same * len(samples)
     try:
         yield
     finally:
-        reader_module.draw = draw
+        reader_module.draw_all = draw_all
 
 
 def _packed(samples: list[dict[str, bytes]]) -> dict[str, torch.Tensor]:

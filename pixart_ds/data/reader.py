@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from pixart_ds.data.mds import OpenShard, int_of
-from pixart_ds.data.shards import PreparedSet
-from pixart_ds.diffusion.noise import Draws, draw
+from pixart_ds.data.shards import PreparedSet, SetDescription
+from pixart_ds.diffusion.noise import Draws, draw_all
 from pixart_ds.errors import DataError
 from pixart_ds.plan.order import Order, StepPlan
 
@@ -105,6 +105,15 @@ class _Text:
     tokens: int
 
 
+@dataclass(frozen=True)
+class _Image:
+    """One sample's latents as they are stored: (2C, h, w) fp16, mean and standard deviation."""
+
+    sample_id: int
+    moments: npt.NDArray[np.float16]
+    original_size: tuple[int, int]
+
+
 class Reader:
     """Reads planned samples and draws for them.
 
@@ -156,16 +165,15 @@ class Reader:
             (torch.float32, (count, *shape)),
         )
         labels = self._read_texts(texts, plan, captions)
-        ids, draws, originals = [], [], []
-        for number, key in enumerate(_places(plan, self.latents)):
-            sample_id, made, original = self._read_latents(
-                shards[key], int(plan.row[number]), key, int(plan.visit[number]), shape, latents[number]
-            )
-            noise[number] = torch.from_numpy(made.noise)
-            ids.append(sample_id)
-            draws.append(made)
-            originals.append(original)
-        visits = plan.visit.tolist()
+        images = [
+            self._read_latents(shards[key], row, key, shape)
+            for key, row in zip(_places(plan, self.latents), plan.row.tolist(), strict=True)
+        ]
+        ids, visits = [image.sample_id for image in images], plan.visit.tolist()
+        draws = draw_all(self.seed, self.stage, list(zip(ids, visits, strict=True)), shape, self.condition_dropout)  # type: ignore[arg-type]
+        for number, (image, drawn) in enumerate(zip(images, draws, strict=True)):
+            latents[number] = torch.from_numpy(_latents_of(image.moments, drawn, about))
+            noise[number] = torch.from_numpy(drawn.noise)
         digests = (sample_digest(i, v, d.timestep, d.noise_key) for i, v, d in zip(ids, visits, draws, strict=True))
         return MicroBatch(
             sample_ids=np.array(ids, np.int64),
@@ -177,7 +185,7 @@ class Reader:
             caption_lengths=lengths,
             dropped=torch.tensor([each.dropped for each in draws]),
             class_labels=torch.tensor(labels),
-            original_sizes=torch.tensor(originals, dtype=torch.float32),
+            original_sizes=torch.tensor([image.original_size for image in images], dtype=torch.float32),
             aspect_ratios=torch.full((count,), 1.0 if info.square else about.ratios[bucket]),
             digest=sum(digests) % 2**64,
         )
@@ -218,26 +226,20 @@ class Reader:
             labels.append(int_of(values["class_label"]))
         return labels
 
-    def _read_latents(
-        self, shard: OpenShard, row: int, key: ShardKey, visit: int, shape: tuple[int, ...], place: torch.Tensor
-    ) -> tuple[int, Draws, tuple[int, int]]:
-        """Draws one sample's latents into their place: its number as stored, its draws, its original size."""
+    def _read_latents(self, shard: OpenShard, row: int, key: ShardKey, shape: tuple[int, ...]) -> _Image:
         values = shard.read(row)
         stored = tuple(np.frombuffer(values["shape"], "<i4").tolist())
         if stored != (2 * shape[0], *shape[1:]):
             raise DataError(f"row {row} has latents of shape {stored}, its bucket {shape}", where=shard.name)
         part, stored_row = int_of(values["part"]), int_of(values["row"])
         self._refuse_stranger(part, stored_row, key, row, shard)
-        # of what was read, not of what was planned
-        sample_id = self.order.sample_id(key[0], self._group_of_part[key[0]][part], stored_row)
-        draws = draw(self.seed, self.stage, sample_id, visit, shape, self.condition_dropout)  # type: ignore[arg-type]
-        about = self.sets[key[0]].description
-        moments = np.frombuffer(values["latents"], "<f2").reshape(stored).astype(np.float32)
-        mean, std = moments[: shape[0]], moments[shape[0] :]
-        made = (mean + std * draws.latent_noise - np.float32(about.shift_factor)) * np.float32(about.scaling_factor)
-        place.copy_(torch.from_numpy(made))
         height, width = np.frombuffer(values["original_size"], "<i4").tolist()
-        return sample_id, draws, (height, width)
+        return _Image(
+            # of what was read, not of what was planned
+            sample_id=self.order.sample_id(key[0], self._group_of_part[key[0]][part], stored_row),
+            moments=np.frombuffer(values["latents"], "<f2").reshape(stored),
+            original_size=(height, width),
+        )
 
     def _refuse_strangers(self, values: Mapping[str, Any], plan: StepPlan, number: int, shard: OpenShard) -> None:
         key = (int(plan.set_index[number]), "captions", int(plan.group[number]))
@@ -252,6 +254,12 @@ class Reader:
                 where=shard.name,
                 remedy="prepare the set again into a new folder",
             )
+
+
+def _latents_of(moments: npt.NDArray[np.float16], drawn: Draws, about: SetDescription) -> npt.NDArray[np.float32]:
+    """A point of the VAE's posterior, shifted and scaled: (C, h, w)."""
+    mean, std = np.split(moments.astype(np.float32), 2)
+    return (mean + std * drawn.latent_noise - np.float32(about.shift_factor)) * np.float32(about.scaling_factor)
 
 
 def _places(plan: StepPlan, name: str) -> list[ShardKey]:

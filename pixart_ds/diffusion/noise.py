@@ -7,14 +7,19 @@ are used; normals are made here. A 1024-px sample (2 × 65,536 normals) costs ab
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pixart_ds.diffusion.schedule import NUM_TIMESTEPS
 from pixart_ds.plan.random import key_of, raw_words, uniform
 
+_AT_ONCE = 1 << 14
+"""Words that are turned into normals at once: they stay in the core's cache, and torch keeps to one thread."""
+_LOW = 0xFFFFFFFF
 _SCALARS, _LATENT_NOISE, _NOISE = range(3)  # purposes: the third counter word
 
 
@@ -41,29 +46,49 @@ def draw(
     seed: int, stage: str, sample_id: int, visit: int, shape: tuple[int, int, int], condition_dropout: float
 ) -> Draws:
     """Draws for the `visit`-th time (from 0) that a stage sees a sample whose latents have `shape` (C, h, w)."""
-    key = key_of("draws", seed, stage)
-    scalars = raw_words(key, (sample_id, visit, _SCALARS), 2)
-    count = math.prod(shape)
-    first = raw_words(key, (sample_id, visit, _NOISE), (count + 1) // 2)
-    second = raw_words(key, (sample_id, visit, _LATENT_NOISE), (count + 1) // 2)
-    return Draws(
-        latent_noise=normals(second, count).reshape(shape),
-        noise=normals(first, count).reshape(shape),
-        # 2⁶⁴ is not a multiple of 1000, which favours some timesteps by one part in 10¹⁶
-        timestep=int(scalars[0]) % NUM_TIMESTEPS,
-        dropped=bool(uniform(scalars[1:])[0] < condition_dropout),
-        noise_key=int(first[0]),
-    )
+    return draw_all(seed, stage, [(sample_id, visit)], shape, condition_dropout)[0]
+
+
+def draw_all(
+    seed: int, stage: str, samples: Sequence[tuple[int, int]], shape: tuple[int, int, int], condition_dropout: float
+) -> list[Draws]:
+    """The same for several (sample id, visit) of one shape: the normals of all are made together, which is faster."""
+    key, count = key_of("draws", seed, stage), math.prod(shape)
+    words = np.empty((len(samples), 2, (count + 1) // 2), np.uint64)
+    for number, sample in enumerate(samples):
+        words[number, 0] = raw_words(key, (*sample, _LATENT_NOISE), words.shape[2])
+        words[number, 1] = raw_words(key, (*sample, _NOISE), words.shape[2])
+    made = normals(words, count).reshape(len(samples), 2, *shape)
+    draws = []
+    for number, sample in enumerate(samples):
+        scalars = raw_words(key, (*sample, _SCALARS), 2)
+        draws.append(
+            Draws(
+                latent_noise=made[number, 0],
+                noise=made[number, 1],
+                # 2⁶⁴ is not a multiple of 1000, which favours some timesteps by one part in 10¹⁶
+                timestep=int(scalars[0]) % NUM_TIMESTEPS,
+                dropped=bool(uniform(scalars[1:])[0] < condition_dropout),
+                noise_key=int(words[number, 1, 0]),
+            )
+        )
+    return draws
 
 
 def normals(words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.float32]:
-    """`count` standard normals from ⌈count / 2⌉ words, by Box and Muller (1958): each word's halves give radius and angle.
+    """`count` standard normals from each row of ⌈count / 2⌉ words, by Box and Muller (1958): a word's halves give radius and angle.
 
     Computed in float64, so that the last bit of a platform's log or cosine hardly ever survives the rounding to fp32.
     """
-    low = (words & np.uint64(0xFFFFFFFF)).astype(np.float64)
-    high = (words >> np.uint64(32)).astype(np.float64)
-    radius = np.sqrt(-2.0 * np.log((high + 1.0) * 2.0**-32))  # (0, 1], so that no logarithm is infinite
-    angle = (2.0 * math.pi * 2.0**-32) * low
-    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    return pairs.reshape(-1)[:count].astype(np.float32)
+    rows = torch.from_numpy(words.view(np.int64)).reshape(-1, words.shape[-1])
+    made = torch.empty(len(rows), rows.shape[1], 2)
+    step = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        # (0, 1], so that no logarithm is infinite
+        radius = ((part >> 32) & _LOW).double().add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+        angle = (part & _LOW).double().mul_(2.0 * math.pi * 2.0**-32)
+        made[start : start + step, :, 0] = radius * angle.cos()
+        made[start : start + step, :, 1] = radius * angle.sin_()
+    numbers: npt.NDArray[np.float32] = made.flatten(1)[:, :count].numpy()
+    return numbers.reshape(*words.shape[:-1], count)

@@ -110,8 +110,9 @@ def _looped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: T
     made = []
     for query, key, value in zip(q.split(1), k.split(text.lengths), v.split(text.lengths), strict=True):
         own = (query.transpose(1, 2), key.transpose(0, 1)[None], value.transpose(0, 1)[None])
-        made.append(F.scaled_dot_product_attention(*own, scale=scale))  # (1, H, N, E)
-    return torch.cat(made).transpose(1, 2)
+        # in the kernel's memory heads lie behind tokens: seen this way, neither this nor the projection copies
+        made.append(F.scaled_dot_product_attention(*own, scale=scale).transpose(1, 2))  # (1, N, H, E)
+    return torch.cat(made)
 
 
 def jagged_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, text: Text, scale: float) -> torch.Tensor:
