@@ -183,6 +183,7 @@ def test_a_store_that_is_gone_for_good_is_an_error_after_the_patience(
 ) -> None:
     remote = PreparedSet.open(own)
     cache = small(tmp_path, patience_seconds=3.0)
+    remote.rows_for("48-buckets", SetConfig(path="x"))  # the indexes are here
     own_server.stop()
     began = time.monotonic()
     with pytest.raises(DataError, match=r"did not give.*in \d+ tries and \d+ s \(needed for sample \d+\)") as caught:
