@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from pixart_ds.data.mds import OpenShard, int_of
-from pixart_ds.data.shards import PreparedSet, SetDescription
-from pixart_ds.diffusion.noise import Draws, draw_all
+from pixart_ds.data.shards import PreparedSet
+from pixart_ds.diffusion.noise import draw_all
 from pixart_ds.errors import DataError
 from pixart_ds.plan.order import Order, StepPlan
 
@@ -107,10 +107,9 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Image:
-    """One sample's latents as they are stored: (2C, h, w) fp16, mean and standard deviation."""
+    """Which sample it was that was read, and the height and width of its picture."""
 
     sample_id: int
-    moments: npt.NDArray[np.float16]
     original_size: tuple[int, int]
 
 
@@ -159,21 +158,24 @@ class Reader:
         count, shape = len(plan), (about.latent_channels, *size)
         texts = self._texts(plan, shards)
         lengths = tuple(max(1, text.tokens) for text in texts) if self.captions else ()
-        captions, latents, noise = buffer.take(
+        captions, moments, latents, noise = buffer.take(
             (torch.float16, (sum(lengths), about.caption_channels)),
+            (torch.float16, (count, 2 * shape[0], *size)),
             (torch.float32, (count, *shape)),
             (torch.float32, (count, *shape)),
         )
         labels = self._read_texts(texts, plan, captions)
         images = [
-            self._read_latents(shards[key], row, key, shape)
-            for key, row in zip(_places(plan, self.latents), plan.row.tolist(), strict=True)
+            self._read_latents(shards[key], row, key, place)
+            for key, row, place in zip(_places(plan, self.latents), plan.row.tolist(), moments, strict=True)
         ]
         ids, visits = [image.sample_id for image in images], plan.visit.tolist()
         draws = draw_all(self.seed, self.stage, list(zip(ids, visits, strict=True)), shape, self.condition_dropout)  # type: ignore[arg-type]
-        for number, (image, drawn) in enumerate(zip(images, draws, strict=True)):
-            latents[number] = torch.from_numpy(_latents_of(image.moments, drawn, about))
+        for number, drawn in enumerate(draws):
+            latents[number] = torch.from_numpy(drawn.latent_noise)
             noise[number] = torch.from_numpy(drawn.noise)
+        mean, std = moments.float().chunk(2, 1)
+        latents.mul_(std).add_(mean).sub_(about.shift_factor).mul_(about.scaling_factor)
         digests = (sample_digest(i, v, d.timestep, d.noise_key) for i, v, d in zip(ids, visits, draws, strict=True))
         return MicroBatch(
             sample_ids=np.array(ids, np.int64),
@@ -226,20 +228,26 @@ class Reader:
             labels.append(int_of(values["class_label"]))
         return labels
 
-    def _read_latents(self, shard: OpenShard, row: int, key: ShardKey, shape: tuple[int, ...]) -> _Image:
-        values = shard.read(row)
+    def _read_latents(self, shard: OpenShard, row: int, key: ShardKey, place: torch.Tensor) -> _Image:
+        """Puts one sample's mean and standard deviation in their place (2C, h, w)."""
+        columns, sizes = self._columns[self.latents], shard.sizes(row)
+        at, wanted = columns.index("latents"), place.numel() * place.element_size()
+        if sizes[at] != wanted:
+            raise DataError(f"row {row} has latents of {sizes[at]} bytes, its bucket {wanted}", where=shard.name)
+        mine: Any = place.view(torch.uint8).numpy().reshape(-1).data
+        places = [mine if n == at else memoryview(bytearray(size)) for n, size in enumerate(sizes)]
+        shard.read_into(row, places)
+        values = dict(zip(columns, places, strict=True))
         stored = tuple(np.frombuffer(values["shape"], "<i4").tolist())
-        if stored != (2 * shape[0], *shape[1:]):
-            raise DataError(f"row {row} has latents of shape {stored}, its bucket {shape}", where=shard.name)
+        if stored != tuple(place.shape):
+            raise DataError(
+                f"row {row} has latents of shape {stored}, its bucket {tuple(place.shape)}", where=shard.name
+            )
         part, stored_row = int_of(values["part"]), int_of(values["row"])
         self._refuse_stranger(part, stored_row, key, row, shard)
         height, width = np.frombuffer(values["original_size"], "<i4").tolist()
-        return _Image(
-            # of what was read, not of what was planned
-            sample_id=self.order.sample_id(key[0], self._group_of_part[key[0]][part], stored_row),
-            moments=np.frombuffer(values["latents"], "<f2").reshape(stored),
-            original_size=(height, width),
-        )
+        # of what was read, not of what was planned
+        return _Image(self.order.sample_id(key[0], self._group_of_part[key[0]][part], stored_row), (height, width))
 
     def _refuse_strangers(self, values: Mapping[str, Any], plan: StepPlan, number: int, shard: OpenShard) -> None:
         key = (int(plan.set_index[number]), "captions", int(plan.group[number]))
@@ -254,12 +262,6 @@ class Reader:
                 where=shard.name,
                 remedy="prepare the set again into a new folder",
             )
-
-
-def _latents_of(moments: npt.NDArray[np.float16], drawn: Draws, about: SetDescription) -> npt.NDArray[np.float32]:
-    """A point of the VAE's posterior, shifted and scaled: (C, h, w)."""
-    mean, std = np.split(moments.astype(np.float32), 2)
-    return (mean + std * drawn.latent_noise - np.float32(about.shift_factor)) * np.float32(about.scaling_factor)
 
 
 def _places(plan: StepPlan, name: str) -> list[ShardKey]:
