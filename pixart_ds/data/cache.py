@@ -31,8 +31,9 @@ import numpy.typing as npt
 
 from pixart_ds.config.schema import CacheConfig
 from pixart_ds.data.mds import OpenShard, ShardIndex, damage
-from pixart_ds.data.store import Store, StoreError
+from pixart_ds.data.store import Store
 from pixart_ds.errors import DataError
+from pixart_ds.s3 import StoreError
 
 _UNTOUCHED_SECONDS = 600.0
 """A job's folder younger than this may be one that its job is just making."""

@@ -32,10 +32,11 @@ from pixart_ds import files
 from pixart_ds.config.schema import SetConfig, StageConfig
 from pixart_ds.data.cache import CacheOptions, ShardCache
 from pixart_ds.data.mds import FolderSource, ShardIndex, ShardSource
-from pixart_ds.data.store import Store, StoreError, is_remote, open_store
+from pixart_ds.data.store import Store, is_remote, open_store
 from pixart_ds.errors import ConfigError, DataError
 from pixart_ds.plan.order import SetRows
 from pixart_ds.plan.random import key_of, permutation, raw_words
+from pixart_ds.s3 import StoreError
 
 FORMAT = 1
 _CAPTION_COLUMNS = {

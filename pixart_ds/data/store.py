@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pixart_ds.errors import DataError
 from pixart_ds.log import si
+from pixart_ds.s3 import PART_BYTES, PIECE_BYTES, Connection, StoreError, s3_client, s3_errors, split_url
 
-_CONNECT_TIMEOUT_SECONDS = 10.0
-_READ_TIMEOUT_SECONDS = 30.0
 _REPORT_SECONDS = 5.0
-_PART_BYTES = 16 << 20  # a store admits 10,000 parts: enough for the largest shard there can be
-_PIECE_BYTES = 1 << 20
 _READ_ATTEMPTS = 3
 _MANIFEST = "manifest.json"
 _BROKEN_OFF = ("IncompleteReadError", "ResponseStreamingError")
 """botocore's errors of an answer that began well; those of a store that gives none were asked again by boto3 already."""
-_KINDS = {
-    **dict.fromkeys(("400", "401", "403", "AccessDenied", "AllAccessDisabled", "AccountProblem"), "refused"),
-    **dict.fromkeys(("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken", "ExpiredToken"), "refused"),
-    **dict.fromkeys(("404", "NoSuchKey"), "missing"),
-    **dict.fromkeys(("NoSuchBucket", "InvalidBucketName"), "bucket"),
-    **dict.fromkeys(("301", "AuthorizationHeaderMalformed", "PermanentRedirect"), "region"),
-    "RequestTimeTooSkewed": "clock",
-}
-
-
-class StoreError(DataError):
-    """A store did not give what was asked for.
-
-    Attributes:
-        final: Asking again will not help: it is not there, or may not be read.
-        missing: It is not there.
-    """
-
-    def __init__(self, what: str, *, where: object, remedy: str, final: bool, missing: bool = False) -> None:
-        super().__init__(what, where=where, remedy=remedy)
-        self.final, self.missing = final, missing
+_IF_MISSING = "check bucket and prefix in data.sets.…path, or copy the set there again with `pixart-ds upload`"
 
 
 class Store(Protocol):
@@ -128,9 +103,7 @@ class S3Store:
     def __init__(self, url: str) -> None:
         self.bucket, self.prefix = split_url(url)
         self.url = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-        self._lock = threading.Lock()
-        self._client: Any = None
-        self._process = 0
+        self._connection = Connection(_READ_ATTEMPTS)
 
     def fetch(self, name: str, to: Path) -> None:
         try:
@@ -154,142 +127,10 @@ class S3Store:
 
     def _pieces(self, name: str) -> Iterator[bytes]:
         """The content of an object; the errors of boto3 as StoreError."""
-        with _s3_errors(self.url, name):
-            answer = self._connected().get_object(Bucket=self.bucket, Key=self.prefix + name)
+        with s3_errors(self.url, name, if_missing=_IF_MISSING):
+            answer = self._connection.client().get_object(Bucket=self.bucket, Key=self.prefix + name)
             with closing(answer["Body"]) as body:
-                yield from body.iter_chunks(_PIECE_BYTES)
-
-    def _connected(self) -> Any:
-        """The client; a forked process gets its own, because two of them would read each other's answers."""
-        with self._lock:
-            if self._process != os.getpid():
-                self._client, self._process = s3_client(attempts=_READ_ATTEMPTS), os.getpid()
-            return self._client
-
-
-def split_url(url: str) -> tuple[str, str]:
-    """Bucket and prefix of an s3:// address; the prefix is empty or ends with a slash.
-
-    Raises:
-        DataError: It is no such address.
-    """
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    if not url.startswith("s3://") or not bucket:
-        raise DataError(f"{url} is not an address in an object store", remedy="write it as s3://bucket/prefix")
-    prefix = prefix.strip("/")
-    return bucket, f"{prefix}/" if prefix else ""
-
-
-def s3_client(*, attempts: int = 4, connections: int = 10) -> Any:
-    """A boto3 client of the store that the environment names; several threads may share it.
-
-    Args:
-        attempts: Times that a request is tried while the store is silent or overloaded.
-        connections: To keep open.
-    """
-    from boto3.session import Session
-    from botocore.config import Config  # type: ignore[import-untyped]
-
-    config = Config(
-        connect_timeout=_CONNECT_TIMEOUT_SECONDS,
-        read_timeout=_READ_TIMEOUT_SECONDS,
-        retries={"mode": "standard", "total_max_attempts": attempts},
-        max_pool_connections=connections,
-    )
-    return Session().client("s3", config=config, endpoint_url=os.environ.get("S3_ENDPOINT_URL") or None)
-
-
-def s3_endpoint() -> str:
-    """The endpoint in words."""
-    names = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    return next((os.environ[name] for name in names if os.environ.get(name)), "s3.amazonaws.com")
-
-
-@contextmanager
-def _s3_errors(url: str, name: str, *, writing: bool = False) -> Iterator[None]:
-    """Errors of boto3 about the file `name` as StoreError; those of the disk stay what they are."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
-
-    try:
-        yield
-    except (Boto3Error, BotoCoreError, ClientError, OSError, ValueError) as cause:  # a wrong endpoint is a ValueError
-        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
-            raise
-        reason: Exception = cause
-        if type(cause).__name__ == "S3UploadFailedError" and isinstance(cause.__context__, Exception):
-            reason = cause.__context__  # of which it keeps only the text
-        raise _store_error(url, name, reason, writing=writing) from cause
-
-
-def _kind(cause: Exception) -> tuple[str, str]:
-    """What kind of error it is, by boto's class or the store's code, and that name."""
-    answer = getattr(cause, "response", None)
-    if isinstance(answer, dict):  # some refusals have no body that says why
-        code = str(answer.get("Error", {}).get("Code") or answer["ResponseMetadata"]["HTTPStatusCode"])
-        return _KINDS.get(code, "silent"), code
-    from botocore import exceptions  # type: ignore[import-untyped]
-
-    name, words = type(cause).__name__, str(cause)
-    if name == "SSLError" and "No such file" in words:
-        return "no authority", name
-    if "CERTIFICATE_VERIFY_FAILED" in words:
-        return "certificate", name
-    if "Credential" in name:
-        return "no keys", name
-    network = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
-    if isinstance(cause, exceptions.BotoCoreError | ValueError) and not isinstance(cause, network):
-        return "setting", name
-    return "silent", name
-
-
-def _store_error(url: str, name: str, cause: Exception, *, writing: bool) -> StoreError:
-    """The error of one file, in words."""
-    kind, code = _kind(cause)
-    bucket, _ = split_url(url)
-    what, remedy = {
-        "refused": (
-            f"the store refuses {name} (error {code})",
-            f"check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the rights on the bucket {bucket}",
-        ),
-        "no keys": (
-            f"there are no keys for the store, which {name} is {'for' if writing else 'to come from'} ({cause})",
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-        ),
-        "missing": (
-            f"{name} is not in the store (error {code})",
-            "check bucket and prefix in data.sets.…path, or copy the set there again with `pixart-ds upload`",
-        ),
-        "bucket": (
-            f"there is no bucket {bucket} (error {code}), which {name} is {'for' if writing else 'to come from'}",
-            f"check the address and the endpoint, {s3_endpoint()}{', or make the bucket' if writing else ''}",
-        ),
-        "region": (
-            f"the store expects another region (error {code}): {cause}",
-            "set AWS_DEFAULT_REGION to the store's",
-        ),
-        "clock": (
-            f"the store refuses {name} because this node's clock is wrong (error {code})",
-            "set the clock, for example with chrony",
-        ),
-        "certificate": (
-            f"the certificate of {s3_endpoint()} is not trusted: {cause}",
-            "name the file with the certificate of its authority in AWS_CA_BUNDLE",
-        ),
-        "no authority": (
-            f"there is no file {os.environ.get('AWS_CA_BUNDLE') or os.environ.get('REQUESTS_CA_BUNDLE')} of certificates",
-            "correct AWS_CA_BUNDLE",
-        ),
-        "setting": (
-            f"a setting of the store is wrong: {cause}",
-            "check the address, AWS_ENDPOINT_URL_S3 (http://host:port or https://…) and the other AWS_… variables",
-        ),
-        "silent": (
-            f"the store did not {'take' if writing else 'give'} {name}: {code}: {cause}",
-            f"check that {s3_endpoint()} can be reached from this node",
-        ),
-    }[kind]
-    return StoreError(what, where=url, remedy=remedy, final=kind != "silent", missing=kind == "missing")
+                yield from body.iter_chunks(PIECE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -372,7 +213,7 @@ class _Transfer:
     ) -> None:
         self.folder, self.url, self.threads, self.dry_run, self.report = folder, url, threads, dry_run, report
         self.bucket, self.prefix = split_url(url)
-        with _s3_errors(self.url, _MANIFEST, writing=True):
+        with s3_errors(self.url, _MANIFEST, writing=True):
             self.client = s3_client(connections=threads)
             self.there = self._list()
         self._told = time.monotonic()
@@ -382,7 +223,7 @@ class _Transfer:
         """No finished set is written over by another one: jobs may be reading it."""
         if _MANIFEST not in self.there:
             return
-        with _s3_errors(self.url, _MANIFEST, writing=True):
+        with s3_errors(self.url, _MANIFEST, writing=True):
             answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + _MANIFEST)
             if answer["Body"].read() == (self.folder / _MANIFEST).read_bytes():
                 return
@@ -421,12 +262,12 @@ class _Transfer:
         path = self.folder / name
         digest = _digest(path)
         size = path.stat().st_size
-        with _s3_errors(self.url, name, writing=True):
+        with s3_errors(self.url, name, writing=True):
             if self.there.get(name) == size and self._digest_there(name) == digest:
                 return None
             if not self.dry_run:
                 config = TransferConfig(
-                    use_threads=False, multipart_threshold=_PART_BYTES, multipart_chunksize=_PART_BYTES
+                    use_threads=False, multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES
                 )
                 self.client.upload_file(
                     str(path), self.bucket, self.prefix + name, ExtraArgs={"Metadata": {"xxh3": digest}}, Config=config
@@ -451,6 +292,6 @@ def _digest(path: Path) -> str:
 
     hashed = xxh3_64()
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(_PIECE_BYTES):
+        while piece := file.read(PIECE_BYTES):
             hashed.update(piece)
     return hashed.hexdigest()

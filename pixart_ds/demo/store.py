@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from pixart_ds.data.store import Upload, s3_client, upload_folder
+from pixart_ds.data.store import Upload, upload_folder
 from pixart_ds.errors import MachineError
 from pixart_ds.log import Log
+from pixart_ds.s3 import s3_client
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _BUCKET = "demo"

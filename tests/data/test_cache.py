@@ -20,9 +20,10 @@ from pixart_ds.config.schema import CacheConfig, SetConfig
 from pixart_ds.data.cache import CacheOptions, ShardCache, options_of, remove_unused
 from pixart_ds.data.loader import Loader
 from pixart_ds.data.shards import PreparedSet
-from pixart_ds.data.store import FolderStore, StoreError
+from pixart_ds.data.store import FolderStore
 from pixart_ds.errors import DataError
 from pixart_ds.plan.order import Order
+from pixart_ds.s3 import StoreError
 from tests.helpers.sets import tiny_set
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from pixart_ds.data import store as store_module
-from pixart_ds.data.store import FolderStore, S3Store, StoreError, open_store, upload_folder
+from pixart_ds.data.store import FolderStore, S3Store, open_store, upload_folder
 from pixart_ds.errors import EXIT_DATA, DataError
+from pixart_ds.s3 import StoreError
 from tests.helpers.s3 import S3Server
 from tests.helpers.sets import tiny_set
 

@@ -15,8 +15,9 @@ import pytest
 
 from pixart_ds.data import store as store_module
 from pixart_ds.data.shards import PreparedSet
-from pixart_ds.data.store import StoreError, upload_folder
+from pixart_ds.data.store import upload_folder
 from pixart_ds.errors import EXIT_DATA, EXIT_DONE, DataError
+from pixart_ds.s3 import StoreError
 from tests.helpers.s3 import ROOT, S3Server
 from tests.helpers.sets import tiny_set
 
