@@ -1,8 +1,12 @@
-"""DeepSpeed's JSON: the recipe owns what is trained and fills in "auto"; the file owns how."""
+"""DeepSpeed's JSON: the recipe owns what is trained and fills in "auto"; the file owns the loss scale of fp16.
+
+What else DeepSpeed knows has no effect on our engine, or would harm it, and is refused (docs/deepspeed.md).
+"""
 
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,10 @@ FOLDERS = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
 """Beside the package in a checkout, inside it once installed."""
 
 _ABSENT = object()
+
+_IN_BACKWARD = "it has no effect: the engine sums and reduces the gradients itself, not in DeepSpeed's buckets"
+_IN_ONE_CALL = "it has no effect: DeepSpeed gathers the weights in one call"
+_FP32 = "masters, moments and EMA are fp32: in 16 bit a step or an EMA's share of it rounds to nothing"
 
 _NOT_OURS: dict[str, str] = {
     "optimizer": "AdamW with the EMA is the engine's, its numbers are the recipe's (optimizer.*)",
@@ -35,15 +43,40 @@ _NOT_OURS: dict[str, str] = {
     "zero_optimization.zenflow": "the flat shards that checkpoints are made of must stay on the device",
     "zero_optimization.elastic_checkpoint": "it is dead in DeepSpeed 0.19; a checkpoint resumes at any world as it is",
     "zero_optimization.parameter_alignment": "checkpoints need the parameters back to back in the flat shards",
+    "zero_optimization.reduce_bucket_size": _IN_BACKWARD,
+    "zero_optimization.contiguous_gradients": _IN_BACKWARD,
+    "zero_optimization.overlap_comm": _IN_BACKWARD,
+    "zero_optimization.reduce_scatter": _IN_BACKWARD,
+    "zero_optimization.use_multi_rank_bucket_allreduce": _IN_BACKWARD,
+    "zero_optimization.ignore_unused_parameters": _IN_BACKWARD,
+    "zero_optimization.allgather_bucket_size": _IN_ONE_CALL,
+    "zero_optimization.allgather_partitions": _IN_ONE_CALL,
+    "zero_optimization.compute_grad_norm": "the norm is what clips a gradient and refuses one that is not finite",
+    "bf16.check_grad_overflow": "without the check a NaN would be applied to the weights",
+    "bf16.bf16_master_weights_and_grads": _FP32,
+    "bf16.bf16_optimizer_states": _FP32,
+    "fp16.fp16_master_weights_and_grads": _FP32,
+    "fp16.auto_cast": "the nets cast what they are given; sizes and ratios must enter in fp32",
 }
 """Sections and keys that a DeepSpeed file must not have, with the reason."""
+
+_SCALE_KEYS: dict[str, tuple[int, int | None]] = {
+    "loss_scale": (0, None),
+    "initial_scale_power": (0, 32),
+    "loss_scale_window": (1, None),
+    "hysteresis": (1, None),
+    "min_loss_scale": (1, None),
+}
+"""Whole numbers of the fp16 section, with the least and the most that each may be."""
+
+_OTHER_KEYS = ("train_batch_size", "fp16.consecutive_hysteresis")
 
 
 def load_deepspeed(name_or_path: str) -> dict[str, Any]:
     """Reads a DeepSpeed file as it is, "auto" included.
 
     Args:
-        name_or_path: `zero2_fp16` (a file of ds_configs/) or a path to a JSON file.
+        name_or_path: `zero2_v100_32gb` (a file of ds_configs/) or a path to a JSON file.
 
     Raises:
         ConfigError: There is no such file, or it is no JSON object.
@@ -103,7 +136,7 @@ def merge(stage: StageConfig, raw: Mapping[str, Any], where: object | None = Non
 
     Raises:
         ConfigError: All at once: every disagreement between file and recipe with both sides, every key that must not be
-            there with the reason, every "auto" that nothing fills.
+            there with the reason, every key that nothing reads, every "auto" that nothing fills.
     """
     merged: dict[str, Any] = copy.deepcopy(dict(raw))
     problems = [f"{key}: remove it; {reason}" for key, reason in _NOT_OURS.items() if _get(merged, key) is not _ABSENT]
@@ -118,11 +151,12 @@ def merge(stage: StageConfig, raw: Mapping[str, Any], where: object | None = Non
             if clash is not None:
                 problems.append(clash)
         elif given != value or isinstance(given, bool) != isinstance(value, bool):
-            problems.append(f'{key}: the file says {_json(given)}, but {_json(value)} is due ({origin}); write "auto"')
-    forbidden = tuple(_NOT_OURS)
-    for key in _autos(merged):
-        if not key.startswith(forbidden) and key != "train_batch_size":
-            problems.append(f'{key}: nothing in the recipe fills this "auto"; write a value')
+            problems.append(
+                f'{key}: the file says {_json(given)}, but {_json(value)} is due ({origin}); write "auto"'
+                " or take another file"
+            )
+    problems += _unread(merged, {*owned(stage), *_OTHER_KEYS, *(f"fp16.{key}" for key in _SCALE_KEYS)})
+    problems += _bad_scale(merged)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
@@ -152,16 +186,41 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
     return None
 
 
-def _autos(values: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted keys whose value is still "auto"."""
-    if values == "auto":
-        yield prefix
-    elif isinstance(values, Mapping):
-        for key, value in values.items():
-            yield from _autos(value, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(values, list):
-        for index, value in enumerate(values):
-            yield from _autos(value, f"{prefix}.{index}")
+def _unread(values: Mapping[str, Any], known: set[str]) -> list[str]:
+    """A line for each key that is not known, nor refused for a reason of its own: DeepSpeed would pass over it in silence."""
+    lines = []
+    for key in _leaves(values):
+        if key in known or any(key == refused or key.startswith(f"{refused}.") for refused in _NOT_OURS):
+            continue
+        if any(name.startswith(f"{key}.") for name in known):
+            continue  # no section where one is due: said already
+        close = difflib.get_close_matches(key, known, n=1)
+        lines.append(f"{key}: nothing reads this key; " + (f"did you mean {close[0]}?" if close else "remove it"))
+    return lines
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys that hold no section."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _bad_scale(values: Mapping[str, Any]) -> list[str]:
+    """A line for each number of the fp16 section that DeepSpeed would refuse only on the ranks, or not at all."""
+    lines = []
+    for key, (least, most) in _SCALE_KEYS.items():
+        given = _get(values, f"fp16.{key}")
+        whole = isinstance(given, int) and not isinstance(given, bool)
+        if given is not _ABSENT and not (whole and given >= least and (most is None or given <= most)):
+            limits = f"from {least} on" if most is None else f"{least} to {most}"
+            lines.append(f"fp16.{key}: a whole number {limits} is due, the file says {_json(given)}")
+    refill = _get(values, "fp16.consecutive_hysteresis")
+    if refill is not _ABSENT and not isinstance(refill, bool):
+        lines.append(f"fp16.consecutive_hysteresis: true or false is due, the file says {_json(refill)}")
+    return lines
 
 
 def _json(value: Any) -> str:

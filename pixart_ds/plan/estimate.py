@@ -11,10 +11,9 @@ from typing import Any
 
 from pixart_ds.config.load import find_recipe, load_chain, load_stage, read_layers
 from pixart_ds.config.schema import ChainConfig, StageConfig
-from pixart_ds.errors import ConfigError, MachineError
 from pixart_ds.plan import counts
 from pixart_ds.plan.counts import BYTES, Net
-from pixart_ds.plan.fit import GIB, as_recipe, fastest, option, usable_bytes
+from pixart_ds.plan.fit import GIB, as_recipe, cluster_of, fastest, option, too_large, usable_bytes
 from pixart_ds.plan.step_time import Cluster, table4, traffic
 from pixart_ds.rates import Assumptions, RateTable, assume, rate_table
 from pixart_ds.units import DeviceTime
@@ -37,22 +36,10 @@ class Machines:
         Raises:
             ConfigError: A GPU that is not in the table, or that cannot compute in the recipe's precision.
         """
-        table = rate_table()
-        name = self.name
-        if name not in table.estimate.gpus:
-            known = ", ".join(table.estimate.gpus)
-            raise ConfigError(f"there is no GPU {name!r} in the table", where="--gpu", remedy=f"choose one of: {known}")
-        gpu = table.estimate.gpus[name]
-        if stage.precision == "bf16" and not gpu.bf16:
-            raise ConfigError(
-                f"{name} has no bf16 units, and {stage.name} asks for bf16",
-                where="precision",
-                remedy="set precision to fp16, or choose a GPU from the A100 on",
-            )
         wanted = stage.paper_gpus or 8
         per_node = self.gpus_per_node or min(8, wanted)
         nodes = self.nodes or -(-wanted // per_node)
-        return Cluster(gpu, table.devices[gpu.device].peak_tflops_fp16, nodes, per_node)
+        return cluster_of(stage, self.name, nodes, per_node)
 
     @property
     def name(self) -> str:
@@ -175,7 +162,8 @@ def estimate(recipe: str, overrides: Sequence[str], machines: Machines) -> dict[
         stage = load_stage(recipe, overrides)
         values = estimate_stage(stage, machines)
         if not values["fits"]:
-            raise _too_large(values)
+            cluster, net = machines.cluster(stage), Net.of(stage.model)
+            raise too_large(stage, machines.name, option(stage, net, net.depth, cluster, 1), cluster)
         return {"kind": "stage", **values, **check, **_grounds([stage], machines)}
     chain = load_chain(recipe, overrides)
     return {"kind": "chain", **_chain(chain, machines), **check, **_grounds(chain.stages, machines)}
@@ -195,17 +183,6 @@ def _chain(chain: ChainConfig, machines: Machines) -> dict[str, Any]:
         **{f"total_{key}": total(key) for key in ("gpu_days", "days", "dollars", "kwh", "kg_co2e")},
         "paper_gpu_days": sum(papers) if papers else None,
     }
-
-
-def _too_large(values: dict[str, Any]) -> MachineError:
-    memory = values["memory_bytes"]
-    needed, usable = memory["total"] / GIB, values["usable_bytes"] / GIB
-    largest = max((part for part in memory if part != "total"), key=lambda part: memory[part])
-    return MachineError(
-        f"{values['stage']} does not fit {values['gpu']}: one picture at a time with all blocks checkpointed needs "
-        f"{needed:.1f} GiB of {usable:.1f} usable; the largest part is {largest}, {memory[largest] / GIB:.1f} GiB",
-        remedy="choose a GPU with more memory, more GPUs, or a smaller net",
-    )
 
 
 # ---- what it rests on --------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from pixart_ds.config.load import RECIPES, load_stage
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.errors import ConfigError
 
-SHIPPED = ("zero2_fp16", "zero2_bf16", "zero2_cpu")
+SHIPPED = ("zero2_v100_16gb", "zero2_v100_32gb", "zero2_a100", "zero2_h100", "zero2_cpu")
+BF16 = ("zero2_a100", "zero2_h100", "zero2_cpu")
 
 
 def _stage(precision: str = "fp16", **optimizer: Any) -> StageConfig:
@@ -33,8 +34,10 @@ def _stage(precision: str = "fp16", **optimizer: Any) -> StageConfig:
     )
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, precision) for name in SHIPPED for precision in ("fp32", "fp16")), *((name, "bf16") for name in BF16)],
+)
 def test_shipped_files_are_filled(name: str, precision: str) -> None:
     merged = merge(_stage(precision, gradient_clipping=0.5), load_deepspeed(name))
     assert "auto" not in json.dumps(merged)
@@ -49,6 +52,26 @@ def test_shipped_files_are_filled(name: str, precision: str) -> None:
     assert merged["zero_allow_untested_optimizer"] is True
 
 
+@pytest.mark.parametrize("name", sorted({*SHIPPED} - {*BF16}))
+def test_a_v100_has_no_bf16(name: str) -> None:
+    with pytest.raises(ConfigError, match="bf16.enabled: the file says false, but true is due") as error:
+        merge(_stage("bf16"), load_deepspeed(name))
+    assert 'write "auto" or take another file' in str(error.value)
+
+
+def test_devices_differ_in_bf16_alone_and_the_docs_explain_every_value() -> None:
+    """Equal files are one file with two names, so that no difference is claimed where there is none."""
+    files = {name: load_deepspeed(name) for name in SHIPPED}
+    assert files["zero2_v100_16gb"] == files["zero2_v100_32gb"]
+    assert files["zero2_a100"] == files["zero2_h100"]
+    assert {**files["zero2_a100"], "bf16": {"enabled": False}} == files["zero2_v100_32gb"]
+    text = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text()
+    for key in deepspeed._leaves(files["zero2_a100"]):
+        assert f"`{key}`" in text, key
+    for key in deepspeed._NOT_OURS:
+        assert f"`{key.removeprefix('zero_optimization.')}" in text, key
+
+
 @pytest.mark.parametrize(
     "path", sorted(RECIPES.glob("**/stage*.yaml")), ids=lambda path: str(path.relative_to(RECIPES))
 )
@@ -58,7 +81,7 @@ def test_every_recipe_fits_its_file(path: Path) -> None:
 
 
 def test_a_merged_file_merges_to_itself_and_the_given_one_is_left_alone() -> None:
-    raw = load_deepspeed("zero2_fp16")
+    raw = load_deepspeed("zero2_a100")
     before = json.dumps(raw)
     merged = merge(_stage(), raw)
     assert json.dumps(raw) == before
@@ -97,7 +120,7 @@ def test_all_disagreements_come_at_once_with_both_sides() -> None:
 
 
 def test_the_place_is_the_recipes_key_unless_told() -> None:
-    with pytest.raises(ConfigError, match="execution.deepspeed: zero2_fp16"):
+    with pytest.raises(ConfigError, match="execution.deepspeed: zero2_v100_32gb"):
         merge(_stage(), {})
 
 
@@ -107,7 +130,7 @@ def test_what_must_not_be_there_is_refused_with_a_reason(key: str) -> None:
     *sections, last = key.split(".")
     holder = raw
     for section in sections:
-        holder = holder[section]
+        holder = holder.setdefault(section, {})
     holder[last] = {"type": "auto"}
     text = _refused(raw)
     assert text.startswith("1 problem ")
@@ -125,9 +148,33 @@ def test_what_must_not_be_there_is_refused_with_a_reason(key: str) -> None:
         ({"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}, "train_batch_size: remove it"),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
-            'zero_optimization.reduce_bucket_size: nothing in the recipe fills this "auto"',
+            "zero_optimization.reduce_bucket_size: remove it; it has no effect: the engine sums and reduces the gradients itself",
         ),
-        ({"zero_optimization": {"stage": 2}, "tags": ["a", "auto"]}, 'tags.1: nothing in the recipe fills this "auto"'),
+        ({"zero_optimization": {"stage": 2}, "tags": ["a", "auto"]}, "tags: nothing reads this key; remove it"),
+        (
+            {"zero_optimization": {"stage": 2}, "fp16": {"los_scale_window": 100}},
+            "fp16.los_scale_window: nothing reads this key; did you mean fp16.loss_scale_window?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True},
+            "wall_clock_breakdown: nothing reads this key",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "fp16": {"loss_scale_window": 0}},
+            "fp16.loss_scale_window: a whole number from 1 on is due, the file says 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "fp16": {"initial_scale_power": 65536}},
+            "fp16.initial_scale_power: a whole number 0 to 32 is due, the file says 65536",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "fp16": {"hysteresis": "auto"}},
+            "fp16.hysteresis: a whole number from 1 on is due, the file says 'auto'",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "fp16": {"consecutive_hysteresis": 1}},
+            "fp16.consecutive_hysteresis: true or false is due, the file says 1",
+        ),
         ({"zero_optimization": {"stage": 2}, "fp16": True}, "fp16: a section is due, the file says true"),
         (
             {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": 1},

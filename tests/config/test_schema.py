@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pixart_ds.config import load
-from pixart_ds.config.schema import ChainConfig, Duration, OptimizerConfig, StageConfig
+from pixart_ds.config.schema import ChainConfig, Duration, ExecutionConfig, OptimizerConfig, StageConfig
 from pixart_ds.errors import ConfigError
 
 RECIPE = """
@@ -58,7 +58,10 @@ def test_all_mistakes_come_at_once_with_key_value_and_remedy() -> None:
         ("optimizer.learning_rate=0", "greater than 0"),
         ("optimizer.warmup_steps=11", "warmup_steps 11 exceeds the stage's 10 steps"),
         ("execution.checkpointed_blocks=29", "exceeds model.depth 28"),
-        ("execution.checkpointed_blocks=most", "'all' or 'none'"),
+        ("execution.checkpointed_blocks=most", "'all', 'none' or 'auto'"),
+        ("execution.checkpointed_blocks=-1", "greater than or equal to 0"),
+        ("execution.micro_batch_size=0", "greater than or equal to 1"),
+        ("execution.micro_batch_size=many", "'auto'"),
         ("length={steps: 3, images: 4}", "exactly one of steps and images"),
         (
             "init.source=handover",
@@ -82,6 +85,18 @@ def test_micro_conditions_need_a_width_that_divides_by_three() -> None:
     assert "divides by 3, not 128" in complaint(
         "model.hidden_size=128", "model.num_heads=4", "model.micro_conditions=true"
     )
+
+
+def test_numbers_of_execution_may_be_left_open() -> None:
+    def execution(*overrides: str) -> ExecutionConfig:
+        return load.validate(StageConfig, load.apply_overrides(values(), overrides), "r").execution
+
+    assert not execution().is_auto
+    for key in ("micro_batch_size", "checkpointed_blocks"):
+        left = execution(f"execution.{key}=auto")
+        assert left.is_auto
+        assert ExecutionConfig.model_validate_json(left.model_dump_json()) == left
+    assert not execution("execution.micro_batch_size=3", "execution.checkpointed_blocks=none").is_auto
 
 
 def test_config_is_frozen() -> None:
@@ -203,7 +218,7 @@ def test_full_size_recipes_are_the_papers() -> None:
             1000,
         )
         assert (stage.precision, stage.fp32_attention, stage.execution.checkpointed_blocks) == ("fp16", False, "all")
-        assert stage.global_batch_size == stage.execution.micro_batch_size * (stage.paper_gpus or 0)
+        assert stage.global_batch_size == int(stage.execution.micro_batch_size) * (stage.paper_gpus or 0)
         assert stage.model_copy(update={"paper": True}).fp32_attention
         if net.kind == "pixart":
             assert (net.caption_channels, net.max_tokens, stage.init.weights) == (4096, 120, "raw")
