@@ -26,6 +26,8 @@ def test_imports_go_down_only() -> None:
         "ledger.report",
         "cluster.supervise",
         "cluster.task",
+        "engine.environment",
+        "train.rank",
         "train.status",
         "train.preflight",
         "plan.order",

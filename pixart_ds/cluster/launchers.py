@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from pixart_ds.engine.environment import RankEnvironment, free_port
 from pixart_ds.errors import MachineError
 from pixart_ds.layout import AttemptLayout
 
@@ -92,17 +92,8 @@ class LocalLauncher:
         port = free_port()
         ranks = LocalRanks(request, output)
         for rank in range(self.processes):
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": self.processes,
-                "LOCAL_WORLD_SIZE": self.processes,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-            if request.device == "cpu":  # on busy cores two threads are many times slower than one
-                environment.setdefault("OMP_NUM_THREADS", "1")
+            told = RankEnvironment("torchrun", rank, self.processes, rank, self.processes, "127.0.0.1", port)
+            environment = {**os.environ, **told.variables()}
             ranks.add([*self.command, *request.arguments(), *self.extra], environment)
         return ranks
 
@@ -158,8 +149,7 @@ class SrunLauncher:
     def start(self, request: LaunchRequest, output: TextIO) -> SrunRanks:
         """See `Launcher`."""
         nodes, each = self.tasks()
-        environment = {**self.environment, **master_address(self.environment)}
-        return SrunRanks(self.argv(request), environment, nodes * each, request, output)
+        return SrunRanks(self.argv(request), self.environment, nodes * each, request, output)
 
 
 def _gpus_per_node(environment: Mapping[str, str]) -> int:
@@ -167,23 +157,6 @@ def _gpus_per_node(environment: Mapping[str, str]) -> int:
     text = environment.get("SLURM_GPUS_ON_NODE") or environment.get("SLURM_GPUS_PER_NODE", "")
     digits = text.split("(")[0].split(":")[-1]
     return int(digits) if digits.isdigit() else 0
-
-
-def master_address(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT: the allocation's first host, and a port that follows from the job's number."""
-    hosts = environment.get("SLURM_JOB_NODELIST", "")
-    answer = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=False)
-    if answer.returncode or not answer.stdout.strip():
-        raise MachineError(f"scontrol cannot expand the list of nodes {hosts!r}: {answer.stderr.strip()}")
-    port = 20000 + int(environment.get("SLURM_JOB_ID", "0")) % 10000
-    return {"MASTER_ADDR": answer.stdout.split()[0], "MASTER_PORT": str(port)}
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class LocalRanks:

@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
-from pixart_ds import __version__, files
 from pixart_ds.cluster.launchers import Launcher, LaunchRequest, Ranks
-from pixart_ds.errors import (
-    EXIT_BUG,
-    EXIT_CHECKPOINT,
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_DONE,
-    EXIT_MACHINE,
-    EXIT_STOPPED,
-    ConfigError,
-    MachineError,
-)
-from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
-from pixart_ds.ledger.book import open_entry, update_entry
-from pixart_ds.ledger.entries import Entry
+from pixart_ds.errors import EXIT_DONE, EXIT_STOPPED
+from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
+from pixart_ds.train.attempt import AttemptRecord
 
-_TELLING = (EXIT_CONFIG, EXIT_MACHINE, EXIT_DATA, EXIT_CHECKPOINT)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _POLL_SECONDS = 0.1
-_BEAT_SECONDS = 5.0
-_FRESH_SECONDS = 60.0
 _PEERS_SECONDS = 20.0
 """How long ranks may take to leave after one of them failed, before they are killed."""
 
@@ -94,39 +74,20 @@ def supervise(
 
     Raises:
         ConfigError: A stop file lies there.
-        MachineError: Another supervisor runs this stage.
+        MachineError: The stage runs already.
     """
-    layout = RunLayout(run).stage(stage)
     log = Log(stage, output)
-    if layout.done.exists():
-        log.event("is done already; nothing to do")
+    record = AttemptRecord.begin(RunLayout(run).stage(stage), device, log)
+    if record is None:
         return EXIT_DONE
-    _refuse_others(layout)
-    if layout.stop_request.exists():
-        raise ConfigError("a stop file asks this stage to stop", where=layout.stop_request, remedy="remove it to go on")
-    images_before = _images_seen(layout)
-    _, folder = files.make_numbered(layout.attempts)
-    attempt = AttemptLayout(folder)
     requests = _Requests()
-    began = time.time()
     try:
-        _beat(attempt)
-        ranks = launcher.start(LaunchRequest(run, stage, attempt, 1, device), output)
-        files.write_json(attempt.env, environment(ranks.world_size, device))
-        entry = open_entry(
-            attempt, Entry.start(stage, attempt.number, 1, device, ranks.world_size, began, images_before)
-        )
-        watch = _Watch(ranks, attempt, requests, timing or Timing(), entry)
-        watch.until_all_left()
+        ranks = launcher.start(LaunchRequest(run, stage, record.attempt, 1, device), output)
+        record.ranks_started(ranks.world_size, f"supervisor, {launcher}")
+        _Watch(ranks, record, requests, timing or Timing()).until_all_left()
     finally:
         requests.restore()
-    outcome = _outcome(layout, attempt, ranks, requests.names)
-    update_entry(attempt, watch.entry.ended_as(outcome["outcome"], time.time(), _last_metrics(attempt)))
-    outcome |= {"started": _iso(began), "ended": _iso(time.time()), "world_size": ranks.world_size, "device": device}
-    files.write_json(attempt.outcome, outcome)
-    log.event(
-        f"attempt {attempt.number}: {outcome['outcome']}" + (f" ({outcome['cause']})" if outcome["cause"] else "")
-    )
+    outcome = record.end(requests.names[0] if requests.names else None, _failure(ranks))
     if outcome["outcome"] == "stopped" and (job := os.environ.get("SLURM_JOB_ID")):
         return _requeue(job, log)
     return int(outcome["exit_code"])
@@ -135,11 +96,10 @@ def supervise(
 class _Watch:
     """Waits for the ranks, passing requests on and keeping the heartbeat and the ledger fresh."""
 
-    def __init__(self, ranks: Ranks, attempt: AttemptLayout, requests: _Requests, timing: Timing, entry: Entry) -> None:
-        self.ranks, self.attempt, self.requests, self.timing, self.entry = ranks, attempt, requests, timing, entry
+    def __init__(self, ranks: Ranks, record: AttemptRecord, requests: _Requests, timing: Timing) -> None:
+        self.ranks, self.record, self.requests, self.timing = ranks, record, requests, timing
         self._told = 0
         self._kill_at: float | None = None
-        self._next_beat = 0.0
 
     def until_all_left(self) -> None:
         while self.ranks.alive():
@@ -150,11 +110,7 @@ class _Watch:
                 self._kill_at = now + _PEERS_SECONDS
             if self._kill_at is not None and now > self._kill_at:
                 self.ranks.send(signal.SIGKILL)
-            if now > self._next_beat:
-                self._next_beat = now + _BEAT_SECONDS
-                _beat(self.attempt)
-                self.entry = self.entry.still_running(time.time(), _last_metrics(self.attempt))
-                update_entry(self.attempt, self.entry)
+            self.record.keep()
             time.sleep(_POLL_SECONDS)
 
     def _pass_on(self, now: float) -> None:
@@ -167,24 +123,13 @@ class _Watch:
             self._told = asked
 
 
-def _outcome(layout: StageLayout, attempt: AttemptLayout, ranks: Ranks, requests: list[str]) -> dict[str, Any]:
-    """Reads from the ranks' markers and exit codes how the attempt ended."""
-    failure = ranks.failed()
-    if layout.done.exists():  # written last of all: what a rank does afterwards takes nothing back
-        return {"outcome": "done", "cause": None, "exit_code": EXIT_DONE}
-    if attempt.stopped.exists():
-        reason = requests[0] if requests else files.read_json(attempt.stopped)["reason"]
-        return {"outcome": "stopped", "cause": reason, "exit_code": EXIT_STOPPED}
-    if failure is None:
-        cause = "the ranks left without a word: neither done nor stopped"
-    else:
-        rank, code = failure
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        cause = f"rank {rank} {how}:\n{ranks.last_words(rank)}"
-    if requests:
-        return {"outcome": "failed", "cause": f"asked to stop ({requests[0]}), but {cause}", "exit_code": EXIT_STOPPED}
-    code = failure[1] if failure is not None and failure[1] in _TELLING else EXIT_BUG
-    return {"outcome": "failed", "cause": cause, "exit_code": code}
+def _failure(ranks: Ranks) -> tuple[str, int] | None:
+    """How the first rank that ended with an error did so, with its last words, and its exit code."""
+    if (failed := ranks.failed()) is None:
+        return None
+    rank, code = failed
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"rank {rank} {how}:\n{ranks.last_words(rank)}", code
 
 
 def _requeue(job: str, log: Log) -> int:
@@ -195,88 +140,3 @@ def _requeue(job: str, log: Log) -> int:
         return EXIT_STOPPED
     log.event(f"job {job} is requeued")
     return EXIT_DONE
-
-
-def _refuse_others(layout: StageLayout) -> None:
-    """Refuses while a supervisor on this host that beat lately is alive; on another host a fresh heartbeat is enough."""
-    for attempt in reversed(layout.all_attempts()[-1:]):
-        if attempt.outcome.exists() or not attempt.heartbeat.exists():
-            continue
-        beat = json.loads(attempt.heartbeat.read_text(encoding="utf-8"))
-        here = beat["host"] == socket.gethostname()
-        alive = _alive(beat["pid"]) if here else time.time() - beat["time"] < _FRESH_SECONDS
-        if alive:
-            raise MachineError(
-                f"another supervisor runs this stage: pid {beat['pid']} on {beat['host']}, attempt {attempt.number}",
-                where=layout.root,
-                remedy="wait for it, or stop it first",
-            )
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    state = Path(f"/proc/{pid}/stat")
-    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def _beat(attempt: AttemptLayout) -> None:
-    beat = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    temporary = files.temporary_name(attempt.heartbeat)
-    temporary.write_text(json.dumps(beat), encoding="utf-8")
-    os.replace(temporary, attempt.heartbeat)
-
-
-def _images_seen(layout: StageLayout) -> int:
-    """Images that the stage's attempts had seen before this one."""
-    rows = [_last_metrics(attempt) for attempt in layout.all_attempts()]
-    return max((int(row["images_seen"]) for row in rows if row), default=0)
-
-
-def _last_metrics(attempt: AttemptLayout) -> dict[str, Any]:
-    return files.last_json_line(attempt.metrics) or {}
-
-
-def environment(world_size: int, device: str) -> dict[str, Any]:
-    """Where and with what an attempt runs; no environment variable that could hold a secret."""
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "deepspeed", "mosaicml-streaming", "diffusers", "transformers", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "world_size": world_size,
-        "device": device,
-        "python": platform.python_version(),
-        "package": __version__,
-        "commit": _commit(),
-        "versions": versions,
-        "slurm": {name: value for name, value in os.environ.items() if name in _SLURM_NAMES},
-    }
-
-
-_SLURM_NAMES = (
-    "SLURM_JOB_ID",
-    "SLURM_JOB_NODELIST",
-    "SLURM_JOB_PARTITION",
-    "SLURM_RESTART_COUNT",
-    "SLURM_JOB_NUM_NODES",
-)
-
-
-def _commit() -> str | None:
-    """The checkout's commit, or None outside of one."""
-    here = Path(__file__).parent
-    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def _iso(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

@@ -1,6 +1,6 @@
-"""One task of srun: says who it is in the words that torch knows, and becomes the rank.
+"""One task of srun, as the supervisor starts it: becomes the rank, which reads from Slurm's variables who it is.
 
-Signals that ask for a stop are ignored until the rank has installed its handlers: one that arrives while torch is imported would
+Signals that ask for a stop are ignored until the rank has installed its handlers: one that arrives while it is imported would
 kill the task, and with it the whole launch.
 """
 
@@ -12,23 +12,19 @@ import sys
 from collections.abc import Mapping
 
 from pixart_ds.cluster.launchers import RANK_MODULE
+from pixart_ds.engine.environment import TORCH_NAMES
 
 
 def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE from what Slurm tells a task."""
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
-        "LOCAL_WORLD_SIZE": environment["SLURM_NTASKS_PER_NODE"],
-    }
+    """The environment without torch's words: what a job brought along from where it was submitted says nothing of this task."""
+    return {name: value for name, value in environment.items() if name not in TORCH_NAMES}
 
 
 def main() -> None:
     """Replaces this process by the rank's; ignored signals stay ignored across exec."""
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    os.execve(RANK_MODULE[0], [*RANK_MODULE, *sys.argv[1:]], {**os.environ, **rank_environment(os.environ)})
+    os.execve(RANK_MODULE[0], [*RANK_MODULE, *sys.argv[1:]], rank_environment(os.environ))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,12 +11,11 @@ import torch
 import torch.distributed as dist
 
 from pixart_ds.engine import deepspeed_compat
+from pixart_ds.engine.environment import RankEnvironment, read_environment
 from pixart_ds.errors import MachineError
 
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a collective waits for its peers before it raises."""
-
-_LAUNCH = "start the ranks with `pixart-ds train`, torchrun, or srun through the package's supervisor"
 
 
 @dataclass(frozen=True)
@@ -39,30 +37,36 @@ class World:
     device: torch.device
 
 
-def join_world(device: Literal["cpu", "cuda"], timeout: datetime.timedelta = TIMEOUT) -> World:
-    """Joins the process group that the environment describes, and readies DeepSpeed in it: gloo on CPUs, NCCL on GPUs.
+def join_world(
+    device: Literal["cpu", "cuda"], timeout: datetime.timedelta = TIMEOUT, environment: RankEnvironment | None = None
+) -> World:
+    """Joins the process group of all ranks, and readies DeepSpeed in it: gloo on CPUs, NCCL on GPUs.
+
+    Afterwards the environment says in torch's words who this rank is, whichever launcher's it was in.
 
     Args:
         device: What the ranks compute on.
         timeout: Of every collective, DeepSpeed's own group included.
+        environment: Who this rank is; by default what the environment says.
 
     Raises:
         MachineError: The environment says too little or something impossible, the device is missing, or the first rank
             cannot be reached.
     """
-    rank, size, local_rank, local_size = read_environment(os.environ)
-    place = torch.device("cpu") if device == "cpu" else _gpu(local_rank, local_size)
+    given = environment or read_environment(os.environ)
+    os.environ.update(given.variables())  # torch and DeepSpeed look there, whoever started this rank
+    chosen = torch.device("cpu") if device == "cpu" else _gpu(given.local_rank, given.local_size)
     deepspeed_compat.prepare(device)
     try:
         deepspeed_compat.connect("gloo" if device == "cpu" else "nccl", timeout)
     except dist.DistError as cause:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{given.master_addr}:{given.master_port}"
         raise MachineError(
-            f"rank {rank} of {size} could not join the others: {cause}",
+            f"rank {given.rank} of {given.size} could not join the others: {cause}",
             where=f"MASTER_ADDR:MASTER_PORT = {address}",
             remedy="see that all ranks were started, and that the first one's host can be reached so",
         ) from cause
-    return World(rank, size, local_rank, local_size, place)
+    return World(given.rank, given.size, given.local_rank, given.local_size, chosen)
 
 
 def leave_world() -> None:
@@ -70,37 +74,6 @@ def leave_world() -> None:
     if dist.is_initialized():
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
         dist.destroy_process_group()
-
-
-def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """Rank, world size, local rank and local world size, as torchrun and our supervisor set them.
-
-    Raises:
-        MachineError: All variables that are missing, are no number, or contradict each other.
-    """
-    numbers: dict[str, int] = {}
-    problems = []
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        value = environment.get(name)
-        if value is None or not value.strip():
-            problems.append(f"{name} is not set")
-        elif name != "MASTER_ADDR":
-            if value.isdigit():
-                numbers[name] = int(value)
-            else:
-                problems.append(f"{name} is {value!r}, not a number")
-    for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
-        if part in numbers and whole in numbers:
-            most = numbers[whole] if part == "LOCAL_WORLD_SIZE" else numbers[whole] - 1
-            if numbers[part] > most:
-                problems.append(f"{part} is {numbers[part]}, but {whole} is {numbers[whole]}")
-    if problems:
-        raise MachineError(
-            "the environment does not say who this rank is: " + "; ".join(problems),
-            where="environment variables",
-            remedy=_LAUNCH,
-        )
-    return numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
 
 
 def _gpu(local_rank: int, local_size: int) -> torch.device:

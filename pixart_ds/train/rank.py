@@ -1,4 +1,7 @@
-"""The process of one rank: `python -m pixart_ds.train.rank`, started by the supervisor, torchrun or the deepspeed launcher."""
+"""The process of one rank: `python -m pixart_ds.train.rank`, started by the supervisor, srun, torchrun, deepspeed, or by itself.
+
+The supervisor says which attempt it is; otherwise rank 0 takes the next one, and all ranks hear of it (docs/launching.md).
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,21 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from pixart_ds.config.freeze import open_run, read_stage, with_execution
-from pixart_ds.config.schema import ExecutionConfig
+from pixart_ds.config.freeze import open_run, override_execution, read_stage
+from pixart_ds.engine.environment import RankEnvironment, read_environment
 from pixart_ds.errors import EXIT_BUG, EXIT_DONE, PixArtError
+from pixart_ds.layout import AttemptLayout, StageLayout
 from pixart_ds.log import Log
+from pixart_ds.train.attempt import AttemptRecord
 from pixart_ds.train.stop import StopFlag
+
+if TYPE_CHECKING:
+    from pixart_ds.engine.world import World
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -23,34 +33,89 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main(argv: list[str] | None = None) -> NoReturn:
     """Runs one rank of one launch and ends the process; its exit code says what kind of error ended it, if any."""
     stop = StopFlag().install()  # before torch is imported: a signal meanwhile must not kill the rank
-    _stop_with_parent()
     options = _parser().parse_args(argv)
+    try:
+        code = _run(options, stop)
+    except Exception as error:
+        code = _tell(error)
+    _leave(code)
+
+
+def _run(options: argparse.Namespace, stop: StopFlag) -> int:
+    """Joins the other ranks and trains, in the attempt that the supervisor began or in one of our own; returns the exit code."""
+    given = read_environment(os.environ)
+    if given.launcher != "alone":  # a process that a person started goes on when its shell ends, as nohup promises
+        _stop_with_parent()
+    if options.device == "cpu":  # on busy cores two threads are many times slower than one
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     from pixart_ds.engine.world import join_world, leave_world
 
-    try:
-        run = open_run(options.run)
-        stage = read_stage(run, options.stage)
-        if options.execution:
-            stage = with_execution(stage, ExecutionConfig.model_validate_json(options.execution))
-        layout = run.stage(stage.name)
-        stop.watch(layout.stop_request)
-        world = join_world(options.device)
+    run = open_run(options.run)
+    stage = override_execution(read_stage(run, options.stage), options.sets)
+    layout = run.stage(stage.name)
+    stop.watch(layout.stop_request)
+    world = join_world(options.device, environment=given)
+
+    def train(attempt: AttemptLayout) -> None:
         from pixart_ds.train.loop import Job, fit
 
-        log = Log(
-            stage.name,
-            sys.stdout if world.rank == 0 else None,
-            layout.attempt(options.attempt).log if world.rank == 0 else None,
-        )
-        fit(Job(run, stage, layout.attempt(options.attempt), options.launch), world, stop, log)
+        first = world.rank == 0
+        log = Log(stage.name, sys.stdout if first else None, attempt.log if first else None)
+        fit(Job(run, stage, attempt, options.launch), world, stop, log)
         leave_world()
-        _leave(EXIT_DONE)
-    except PixArtError as error:
+
+    if options.attempt is None:
+        return _own_attempt(layout, world, given, stop, train)
+    train(layout.attempt(options.attempt))
+    return EXIT_DONE
+
+
+def _own_attempt(
+    layout: StageLayout, world: World, given: RankEnvironment, stop: StopFlag, train: Callable[[AttemptLayout], None]
+) -> int:
+    """Without a supervisor: rank 0 begins the next attempt, keeps its record while all train, and writes how it ended.
+
+    Returns:
+        Of a world of one that no launcher started, what the supervisor would return. Else 0 also after a stop: launchers take any
+        other code for a crash, and end the ranks that are still writing.
+    """
+    from pixart_ds.engine.agree import on_first
+    from pixart_ds.engine.world import leave_world
+
+    record: AttemptRecord | None = None
+
+    def begin() -> int | None:
+        nonlocal record
+        record = AttemptRecord.begin(layout, world.device.type, Log(layout.root.name))
+        if record is None:
+            return None
+        record.ranks_started(world.size, given.launcher)
+        return record.attempt.number
+
+    number = on_first(world, begin)
+    if number is None:
+        leave_world()
+        return EXIT_DONE
+    failure: tuple[str, int] | None = None
+    with record.kept() if record else nullcontext():
+        try:
+            train(layout.attempt(number))
+        except Exception as error:
+            failure = (f"rank {world.rank} raised {type(error).__name__}: {error}", _tell(error))
+    if record:
+        outcome = record.end(stop.reason, failure)
+        if given.launcher == "alone":
+            return int(outcome["exit_code"])
+    return failure[1] if failure else EXIT_DONE
+
+
+def _tell(error: Exception) -> int:
+    """Says on stderr what went wrong, and returns the exit code of it."""
+    if isinstance(error, PixArtError):
         print(error, file=sys.stderr, flush=True)
-        _leave(error.exit_code)
-    except Exception:
-        traceback.print_exc()
-        _leave(EXIT_BUG)
+        return error.exit_code
+    traceback.print_exception(error)
+    return EXIT_BUG
 
 
 def _stop_with_parent() -> None:
@@ -73,11 +138,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pixart_ds.train.rank", description=__doc__, allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--stage", required=True)
-    parser.add_argument("--attempt", type=int, required=True)
-    parser.add_argument("--launch", type=int, required=True)
+    parser.add_argument("--attempt", type=int, help="number of the attempt that a supervisor began (default: the next)")
+    parser.add_argument("--launch", type=int, default=1, help="number of this start of the ranks within the attempt")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument(
-        "--execution", help="JSON of the attempt's `execution` section, where it differs from the recipe"
+        "--set",
+        dest="sets",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key for this attempt only",
     )
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS

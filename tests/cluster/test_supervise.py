@@ -169,9 +169,7 @@ def test_a_living_supervisor_is_respected_and_a_dead_one_is_not(tmp_path: Path) 
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert "rank 0 of 1" in other.stdout.readline()
-    with pytest.raises(
-        MachineError, match=f"another supervisor runs this stage: pid {other.pid} on {socket.gethostname()}"
-    ):
+    with pytest.raises(MachineError, match=f"this stage runs already: pid {other.pid} on {socket.gethostname()}"):
         go(stage, "done")
     rank = int(json.loads((stage.attempt(1).root / "env-0.json").read_text()).get("PID", 0))
     other.kill()

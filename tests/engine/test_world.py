@@ -1,12 +1,14 @@
-"""What a rank reads from its environment."""
+"""How a rank joins the others: its device, and who it is afterwards."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 from pixart_ds.engine import deepspeed_compat, world
-from pixart_ds.engine.world import join_world, read_environment
+from pixart_ds.engine.world import join_world
 from pixart_ds.errors import MachineError
 
 WHOLE = {
@@ -17,35 +19,6 @@ WHOLE = {
     "MASTER_ADDR": "node1",
     "MASTER_PORT": "29500",
 }
-
-
-def test_a_whole_environment() -> None:
-    assert read_environment(WHOLE) == (5, 8, 1, 4)
-
-
-def test_everything_missing_is_named_at_once() -> None:
-    with pytest.raises(MachineError) as error:
-        read_environment({"RANK": "0", "MASTER_ADDR": ""})
-    text = str(error.value)
-    for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        assert f"{name} is not set" in text
-    assert "RANK is not set" not in text.replace("LOCAL_RANK is not set", "")
-    assert "torchrun" in text
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"RANK": "8"}, "RANK is 8, but WORLD_SIZE is 8"),
-        ({"LOCAL_RANK": "4"}, "LOCAL_RANK is 4, but LOCAL_WORLD_SIZE is 4"),
-        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE is 9, but WORLD_SIZE is 8"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number"),
-        ({"RANK": "-1"}, "RANK is '-1', not a number"),
-    ],
-)
-def test_contradictions(change: dict[str, str], message: str) -> None:
-    with pytest.raises(MachineError, match=message):
-        read_environment(WHOLE | change)
 
 
 def _gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> list[torch.device]:
@@ -86,3 +59,23 @@ def test_a_first_rank_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(MachineError, match="rank 5 of 8 could not join the others: connection refused") as error:
         join_world("cpu")
     assert "node1:29500" in str(error.value)
+
+
+def test_whatever_started_a_rank_torchs_words_say_it_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WHOLE:
+        monkeypatch.setenv(name, "")  # gives back afterwards what join_world sets
+    slurm = {"PROCID": "3", "LOCALID": "1", "NODEID": "1", "NTASKS": "4", "TASKS_PER_NODE": "2(x2)"}
+    for name, value in {**slurm, "JOB_ID": "7", "STEP_ID": "0", "JOB_NODELIST": "n[5-6]"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(deepspeed_compat, "prepare", lambda device: None)
+    monkeypatch.setattr(deepspeed_compat, "connect", lambda *_: None)
+    joined = join_world("cpu")
+    assert (joined.rank, joined.size, joined.local_rank, joined.local_size) == (3, 4, 1, 2)
+    assert {name: os.environ[name] for name in WHOLE} == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "n5",
+        "MASTER_PORT": "20007",
+    }

@@ -1,0 +1,233 @@
+"""One attempt at a stage: who may begin it, and what it leaves on disk beside the ranks' own files.
+
+The supervisor keeps this record; where there is none, rank 0 does (`train/rank.py`). So `status`, `audit` and the cost report
+need not know how a run was started.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pixart_ds import __version__, files
+from pixart_ds.errors import (
+    EXIT_BUG,
+    EXIT_CHECKPOINT,
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_MACHINE,
+    EXIT_STOPPED,
+    ConfigError,
+    MachineError,
+)
+from pixart_ds.layout import AttemptLayout, StageLayout
+from pixart_ds.ledger.book import open_entry, update_entry
+from pixart_ds.ledger.entries import Entry
+from pixart_ds.log import Log
+
+_TELLING = (EXIT_CONFIG, EXIT_MACHINE, EXIT_DATA, EXIT_CHECKPOINT)
+_BEAT_SECONDS = 5.0
+_FRESH_SECONDS = 60.0
+
+
+class AttemptRecord:
+    """The record of an attempt that this process began: `env.json`, `heartbeat`, the ledger's entry and `outcome.json`."""
+
+    def __init__(self, layout: StageLayout, attempt: AttemptLayout, device: str, images_before: int, log: Log) -> None:
+        self.attempt = attempt
+        self._layout, self._device, self._images_before, self._log = layout, device, images_before, log
+        self._began = time.time()
+        self._next_beat = 0.0
+        self._entry: Entry | None = None
+        self._world_size = 0
+
+    @classmethod
+    def begin(cls, layout: StageLayout, device: str, log: Log) -> AttemptRecord | None:
+        """Takes the stage's next attempt number; None, and a word, if the stage is done.
+
+        Raises:
+            ConfigError: A stop file lies there.
+            MachineError: The stage runs already.
+        """
+        if layout.done.exists():
+            log.event("is done already; nothing to do")
+            return None
+        refuse_others(layout)
+        if layout.stop_request.exists():
+            raise ConfigError(
+                "a stop file asks this stage to stop", where=layout.stop_request, remedy="remove it to go on"
+            )
+        images_before = _images_seen(layout)
+        _, folder = files.make_numbered(layout.attempts)
+        record = cls(layout, AttemptLayout(folder), device, images_before, log)
+        _beat(record.attempt)
+        return record
+
+    def ranks_started(self, world_size: int, launcher: str) -> None:
+        """Writes where and with what the attempt runs, and opens its entry in the ledger; devices count from `begin` on."""
+        files.write_json(self.attempt.env, environment(world_size, self._device, launcher))
+        self._world_size = world_size
+        entry = Entry.start(
+            *(self._layout.root.name, self.attempt.number, 1, self._device),
+            *(world_size, self._began, self._images_before),
+        )
+        self._entry = open_entry(self.attempt, entry)
+
+    def keep(self) -> None:
+        """Keeps heartbeat and ledger fresh; call it as often as you like."""
+        assert self._entry is not None
+        now = time.monotonic()
+        if now > self._next_beat:
+            self._next_beat = now + _BEAT_SECONDS
+            _beat(self.attempt)
+            self._entry = self._entry.still_running(time.time(), _last_metrics(self.attempt))
+            update_entry(self.attempt, self._entry)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps it in a thread, also while the ranks wait in a collective; a disk that is full is told, and ends no training."""
+        over = threading.Event()
+
+        def keep_on() -> None:
+            while True:
+                try:
+                    self.keep()
+                except OSError as error:
+                    self._log.event(f"heartbeat and ledger could not be written: {error}")
+                if over.wait(_BEAT_SECONDS):
+                    return
+
+        thread = threading.Thread(target=keep_on, name="attempt-record", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def end(self, asked: str | None, failure: tuple[str, int] | None) -> dict[str, Any]:
+        """Judges from the ranks' markers how the attempt ended, and writes it into ledger and `outcome.json`.
+
+        Args:
+            asked: Who asked for a stop first, if anyone.
+            failure: What went wrong, and the exit code of it.
+        """
+        assert self._entry is not None
+        outcome = self._judge(asked, failure)
+        now = time.time()
+        update_entry(self.attempt, self._entry.ended_as(outcome["outcome"], now, _last_metrics(self.attempt)))
+        outcome |= {"started": _iso(self._began), "ended": _iso(now)}
+        outcome |= {"world_size": self._world_size, "device": self._device}
+        files.write_json(self.attempt.outcome, outcome)
+        because = f" ({outcome['cause']})" if outcome["cause"] else ""
+        self._log.event(f"attempt {self.attempt.number}: {outcome['outcome']}{because}")
+        return outcome
+
+    def _judge(self, asked: str | None, failure: tuple[str, int] | None) -> dict[str, Any]:
+        if self._layout.done.exists():  # written last of all: what a rank does afterwards takes nothing back
+            return {"outcome": "done", "cause": None, "exit_code": EXIT_DONE}
+        if self.attempt.stopped.exists():
+            reason = asked or files.read_json(self.attempt.stopped)["reason"]
+            return {"outcome": "stopped", "cause": reason, "exit_code": EXIT_STOPPED}
+        cause, code = failure or ("the ranks left without a word: neither done nor stopped", EXIT_BUG)
+        if asked:
+            return {"outcome": "failed", "cause": f"asked to stop ({asked}), but {cause}", "exit_code": EXIT_STOPPED}
+        return {"outcome": "failed", "cause": cause, "exit_code": code if code in _TELLING else EXIT_BUG}
+
+
+def refuse_others(layout: StageLayout) -> None:
+    """Refuses while the process that keeps the newest record is alive; on another host a fresh heartbeat is enough."""
+    for attempt in reversed(layout.all_attempts()[-1:]):
+        if attempt.outcome.exists() or not attempt.heartbeat.exists():
+            continue
+        beat = json.loads(attempt.heartbeat.read_text(encoding="utf-8"))
+        here = beat["host"] == socket.gethostname()
+        alive = _alive(beat["pid"]) if here else time.time() - beat["time"] < _FRESH_SECONDS
+        if alive:
+            raise MachineError(
+                f"this stage runs already: pid {beat['pid']} on {beat['host']}, attempt {attempt.number}",
+                where=layout.root,
+                remedy="wait for it, or stop it first",
+            )
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def _beat(attempt: AttemptLayout) -> None:
+    beat = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    temporary = files.temporary_name(attempt.heartbeat)
+    temporary.write_text(json.dumps(beat), encoding="utf-8")
+    os.replace(temporary, attempt.heartbeat)
+
+
+def _images_seen(layout: StageLayout) -> int:
+    """Images that the stage's attempts had seen before this one."""
+    rows = [_last_metrics(attempt) for attempt in layout.all_attempts()]
+    return max((int(row["images_seen"]) for row in rows if row), default=0)
+
+
+def _last_metrics(attempt: AttemptLayout) -> dict[str, Any]:
+    return files.last_json_line(attempt.metrics) or {}
+
+
+def environment(world_size: int, device: str, launcher: str) -> dict[str, Any]:
+    """Where and with what an attempt runs; no environment variable that could hold a secret."""
+    versions: dict[str, str | None] = {}
+    for package in ("torch", "deepspeed", "mosaicml-streaming", "diffusers", "transformers", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "world_size": world_size,
+        "device": device,
+        "launcher": launcher,
+        "python": platform.python_version(),
+        "package": __version__,
+        "commit": _commit(),
+        "versions": versions,
+        "slurm": {name: value for name, value in os.environ.items() if name in _SLURM_NAMES},
+    }
+
+
+_SLURM_NAMES = (
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION",
+    "SLURM_RESTART_COUNT",
+    "SLURM_JOB_NUM_NODES",
+)
+
+
+def _commit() -> str | None:
+    """The checkout's commit, or None outside of one."""
+    here = Path(__file__).parent
+    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
