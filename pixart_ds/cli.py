@@ -103,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     _dry_run(verb)
     _json(verb)
 
+    verb = _add(verbs, "change", _change, "change what a stage trains while it is under way, on record")
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("stage", help="name of the stage; no process trains it meanwhile")
+    _sets(verb, "KEY=VALUE")
+    verb.add_argument(
+        "--allow",
+        action="append",
+        choices=("recipe", "dataset", "precision"),
+        default=[],
+        help="the kind of change that is meant; may be repeated",
+    )
+
     verb = _add(verbs, "train", _train, "run or resume one stage: the supervisor of one allocation")
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("stage", help="name of the stage")
@@ -151,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "action", choices=("list", "verify", "show"), help="verify reads every file and compares checksums"
     )
-    verb.add_argument("path", type=Path, help="folder of a run; for verify and show also of one checkpoint")
+    verb.add_argument(
+        "path", help="folder of a run; for verify and show also folder or s3:// address of one checkpoint"
+    )
     verb.add_argument("--stage", help="only this stage of the run")
     _json(verb)
 
@@ -342,6 +356,19 @@ def _create(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _change(options: argparse.Namespace) -> int:
+    from pixart_ds.config.change import change_stage
+    from pixart_ds.config.freeze import open_run
+    from pixart_ds.train.attempt import refuse_others
+
+    run = open_run(options.run)
+    refuse_others(run.stage(options.stage))
+    lines = change_stage(run, options.stage, options.sets, options.allow)
+    for line in lines or ["the content of its sets may be another"]:
+        print(f"{options.stage}: {line}")
+    return EXIT_DONE
+
+
 def _train(options: argparse.Namespace) -> int:
     from pixart_ds.cluster.launchers import LocalLauncher, SrunLauncher
     from pixart_ds.cluster.supervise import supervise
@@ -358,10 +385,9 @@ def _train(options: argparse.Namespace) -> int:
             else RunLayout(options.run)
         )
     run = open_run(options.run)
-    frozen = read_stage(run, options.stage)
-    stage = override_execution(frozen, options.sets)
-    preflight(run, stage)
-    extra = [] if stage == frozen else ["--execution", stage.execution.model_dump_json()]
+    stage = override_execution(read_stage(run, options.stage), options.sets)
+    preflight(run, stage, options.device)
+    extra = [word for each in options.sets for word in ("--set", each)]
     launcher: LocalLauncher | SrunLauncher
     if options.launcher == "srun":
         launcher = SrunLauncher(extra=extra)
@@ -412,7 +438,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
     from pixart_ds.train import checkpoints
 
     if options.action == "list":
-        rows = checkpoints.list_checkpoints(open_run(options.path), options.stage)
+        rows = checkpoints.list_checkpoints(open_run(Path(options.path)), options.stage)
         _print_json(rows) if options.json else print(checkpoints.table(rows))
         return EXIT_DONE
     if options.action == "show":

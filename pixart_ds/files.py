@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 from pixart_ds.errors import DataError, PixArtError
 
 _CHUNK_BYTES = 1 << 24
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems answer that know no hard links."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -24,8 +28,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no reader takes for a finished file; it is unique to this process."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A new name beside `path` that no reader takes for a finished file; no other process has it, on no other host."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def write_durable(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
@@ -54,6 +58,27 @@ def write_durable(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) 
     sync_folder(path.parent)
 
 
+def write_new(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
+    """`write_durable` of a file that must not be there yet; of two writers at once, one gets the error.
+
+    Raises:
+        FileExistsError: It is there.
+    """
+    temporary = temporary_name(path)
+    write_durable(temporary, pieces)
+    try:
+        os.link(temporary, path)  # unlike a rename, it takes nobody's place
+    except OSError as cause:
+        if isinstance(cause, FileExistsError) or (cause.errno in _NO_LINKS and path.exists()):
+            raise FileExistsError(errno.EEXIST, "it is there already", str(path)) from cause
+        if cause.errno not in _NO_LINKS:
+            raise
+        os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_durable` for UTF-8 text."""
     write_durable(path, [text.encode()])
@@ -61,7 +86,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_durable` for JSON, indented, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_durable(path, [json_bytes(value)])
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON for a file of its own."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path, *, error: type[PixArtError] = DataError, remedy: str | None = None) -> Any:

@@ -46,6 +46,11 @@ class StageLayout:
         return self.root / "deepspeed.json"
 
     @property
+    def changes(self) -> Path:
+        """Changes of what is trained that a person has allowed, a line each."""
+        return self.root / "changes.jsonl"
+
+    @property
     def stop_request(self) -> Path:
         """A file that asks the stage to stop at the next step boundary."""
         return self.root / "stop"
@@ -57,6 +62,11 @@ class StageLayout:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def checkpoints_elsewhere(self) -> Path:
+        """If it is there: where the checkpoints lie instead."""
+        return self.root / "checkpoints.json"
 
     @property
     def previews(self) -> Path:
@@ -107,6 +117,11 @@ class AttemptLayout:
         return self.root / "audit.jsonl"
 
     @property
+    def saves(self) -> Path:
+        """A line for each committed checkpoint: how long training stood still, and when it counted."""
+        return self.root / "saves.jsonl"
+
+    @property
     def ledger(self) -> Path:
         return self.root / "ledger.jsonl"
 
@@ -154,22 +169,15 @@ class CheckpointName:
         return cls(*map(int, found.groups())) if found else None
 
 
-@dataclass(frozen=True)
-class CheckpointLayout:
-    """One checkpoint: a file per rank, a manifest, and the marker that makes it count."""
+MANIFEST_NAME = "manifest.json"
+"""Of a checkpoint."""
+MARKER_NAME = "COMMITTED"
+"""The file that makes a checkpoint count."""
 
-    root: Path
 
-    @property
-    def manifest(self) -> Path:
-        return self.root / "manifest.json"
-
-    @property
-    def marker(self) -> Path:
-        return self.root / "COMMITTED"
-
-    def rank_file(self, rank: int, world_size: int) -> Path:
-        return self.root / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+def rank_file_name(rank: int, world_size: int) -> str:
+    """A rank's file in a checkpoint."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 @dataclass(frozen=True)

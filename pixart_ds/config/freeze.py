@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def create_run(root: Path, chain: ChainConfig, recipe: str) -> RunLayout:
         layout.root.mkdir(exist_ok=True)
         files.write_json(layout.deepspeed, deepspeed.merge(stage, deepspeed.load_deepspeed(stage.execution.deepspeed)))
         files.write_text(layout.config, dump_yaml(stage))
+        if stage.checkpoint.path is not None:
+            own = f"{root.resolve().name}-{secrets.token_hex(4)}"  # another run may have the same name
+            where = stage.checkpoint.path.rstrip("/")
+            where = where if "://" in where else str(Path(where).absolute())
+            files.write_json(layout.checkpoints_elsewhere, {"path": f"{where}/{own}/{stage.name}"})
     files.write_text(run.chain, dump_yaml(chain))
     files.write_json(  # written last: a folder without it was not finished and is written again
         run.manifest,
@@ -137,6 +143,7 @@ def override_execution(stage: StageConfig, overrides: Sequence[str]) -> StageCon
             "these keys belong to the run and cannot change between attempts:\n"
             + "\n".join(f"  - {line}" for line in lines),
             where="--set",
-            remedy="override only keys of `execution`, or start a new run",
+            remedy="override only keys of `execution`, `checkpoint` and `previews`; "
+            "or change it on record with `pixart-ds change`; or start a new run",
         )
     return changed

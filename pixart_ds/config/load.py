@@ -30,6 +30,8 @@ _ALTERNATIVES = {
     "path": "stage",
     "square": "sizes",
     "sizes": "square",
+    "every": "mean_time_between_failures_hours",
+    "mean_time_between_failures_hours": "every",
 }
 """Keys of which a section takes only one: naming one drops the other of the layer below."""
 
@@ -283,7 +285,10 @@ def read_frozen(kind: type[ConfigT], path: Path) -> ConfigT:
     return validate(kind, read_layers(path), path)
 
 
-IDENTITY_EXCLUDES = {"execution", "previews", "description", "paper_gpus", "paper_gpu_days"}
+IDENTITY_EXCLUDES: dict[str, Any] = {
+    **dict.fromkeys(("execution", "previews", "description", "paper_gpus", "paper_gpu_days"), True),
+    "checkpoint": {"every", "mean_time_between_failures_hours", "keep", "milestone_every"},
+}
 """Keys of a stage that may differ on resume: they follow from the world or the device, or change no weight."""
 
 

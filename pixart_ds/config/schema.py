@@ -216,10 +216,11 @@ class CacheConfig(Section):
 class ExecutionConfig(Section):
     """How a rank runs its share. It may change between attempts: the result does not depend on it but for rounding."""
 
-    micro_batch_size: PositiveInt = 32
-    """Most samples of one bucket that a rank runs at once."""
-    checkpointed_blocks: Literal["all", "none"] | Annotated[int, Field(ge=0)] = "all"
-    """Blocks whose activations are recomputed in backward: all, none, or the first k."""
+    micro_batch_size: Literal["auto"] | PositiveInt = 32
+    """Most samples of one bucket that a rank runs at once. auto: what `pixart-ds estimate` finds fastest for the GPUs at hand, anew
+    at the start of each attempt."""
+    checkpointed_blocks: Literal["all", "none", "auto"] | Annotated[int, Field(ge=0)] = "all"
+    """Blocks whose activations are recomputed in backward: all, none, the first k; auto as above."""
     attention_backend: AttentionBackend = "auto"
     """The kernel that attention must use; it is an error if it cannot. On V100s only memory_efficient is fast: flash has no kernels
     for them, and math, to which torch may turn silently, needs memory for every pair of tokens. auto leaves it to torch."""
@@ -227,19 +228,37 @@ class ExecutionConfig(Section):
     """Cross-attention over each caption's real tokens end to end, instead of padded captions under a mask."""
     cache: CacheConfig = CacheConfig()
     """Where the node keeps the shards that it reads."""
-    deepspeed: str = "zero2_fp16"
+    deepspeed: str = "zero2_v100_32gb"
     """Name of a file in ds_configs/ (without .json) or a path."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether a number is still to be chosen, for the GPUs at hand."""
+        return "auto" in (self.micro_batch_size, self.checkpointed_blocks)
 
 
 class CheckpointConfig(Section):
     """When training state is kept."""
 
-    every: Duration
+    every: Duration | None = None
     """Between recovery checkpoints."""
+    mean_time_between_failures_hours: PositiveFloat | None = None
+    """In place of `every`: of the whole job, preemptions included. The interval follows from it and from what a save costs
+    (Daly 2006)."""
     keep: PositiveInt = 2
     """Recovery checkpoints kept besides milestones."""
     milestone_every: Duration | None = None
     """Between checkpoints that are never deleted."""
+    path: str | None = None
+    """A folder or s3://bucket/prefix; the run's checkpoints get a folder of their own there. By default they lie in the run."""
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> Self:
+        if (self.every is None) == (self.mean_time_between_failures_hours is None):
+            raise ValueError("give exactly one of every and mean_time_between_failures_hours")
+        if self.path is not None and "://" in self.path and not self.path.startswith("s3://"):
+            raise ValueError(f"path is a folder or an s3:// address, not {self.path}")
+        return self
 
 
 class PreviewConfig(Section):

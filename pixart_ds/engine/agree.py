@@ -26,6 +26,7 @@ class Votes:
     Attributes:
         stop: It was asked to stop.
         save: It wants a checkpoint.
+        saved: It has done its part of the save that is under way.
         digest: Sum modulo 2⁶⁴ over what was delivered to it.
         samples: Samples of its share.
         sums: Sums over its samples, by name; every rank gives the same names.
@@ -33,6 +34,7 @@ class Votes:
 
     stop: bool = False
     save: bool = False
+    saved: bool = False
     digest: int = 0
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class Agreement:
     Attributes:
         stop: Any rank was asked to stop.
         save: Any rank wants a checkpoint.
+        saved: How many ranks have done their part of the save that is under way.
         digest: Sum modulo 2⁶⁴ of the ranks' digests, exact.
         samples: Samples of the step.
         sums: Sums over all ranks, by name.
@@ -52,6 +55,7 @@ class Agreement:
 
     stop: bool
     save: bool
+    saved: int
     digest: int
     samples: int
     sums: dict[str, float]
@@ -68,15 +72,15 @@ def agree(world: World, votes: Votes) -> Agreement:
 def pack(votes: Votes, names: list[str]) -> torch.Tensor:
     """The votes as float64; the digest in two halves of 32 bits, whose sums stay exact for up to 2²¹ ranks."""
     digest = votes.digest % 2**64
-    counts = [float(votes.stop), float(votes.save), float(votes.samples), float(digest % _HALF), float(digest // _HALF)]
-    return torch.tensor(counts + [votes.sums[name] for name in names], dtype=torch.float64)
+    counts = [votes.stop, votes.save, votes.saved, votes.samples, digest % _HALF, digest // _HALF]
+    return torch.tensor([float(each) for each in counts] + [votes.sums[name] for name in names], dtype=torch.float64)
 
 
 def unpack(numbers: torch.Tensor, names: list[str]) -> Agreement:
     """The agreement from the sum of the ranks' `pack`s."""
-    stop, save, samples, low, high, *sums = numbers.tolist()
+    stop, save, saved, samples, low, high, *sums = numbers.tolist()
     digest = (int(low) + int(high) * _HALF) % 2**64
-    return Agreement(stop > 0, save > 0, digest, int(samples), dict(zip(names, sums, strict=True)))
+    return Agreement(stop > 0, save > 0, int(saved), digest, int(samples), dict(zip(names, sums, strict=True)))
 
 
 def gather(world: World, value: Any) -> list[Any]:

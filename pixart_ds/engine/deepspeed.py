@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,19 +13,16 @@ from torch import nn
 from pixart_ds.config.load import fingerprint, identity
 from pixart_ds.config.schema import ModelConfig, OptimizerConfig, StageConfig
 from pixart_ds.engine import deepspeed_compat as compat
-from pixart_ds.engine.optimizer import STATE_KEYS, AdamWEMA, learning_rate
+from pixart_ds.engine.optimizer import AdamWEMA, learning_rate
 from pixart_ds.engine.shards import FlatLayout, Place
 from pixart_ds.engine.world import World
 from pixart_ds.errors import CheckpointError
 
-SHARD_KEYS = ("master", *STATE_KEYS)
-"""The flat fp32 shards of a rank."""
-
 _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTER_KEYS = ("global_steps", "global_samples", "skipped_steps")
 
-Fetch = Callable[[str, str, int, int], torch.Tensor]
-"""(parameter's name, shard key, start, end) → those elements of the flattened parameter, fp32."""
+Fill = Callable[[str, Sequence[tuple[str, int, int]], torch.Tensor], None]
+"""(shard key, [(parameter, start, end), …], out): fills `out`, fp32 on the CPU, with those parts of the flattened parameters."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +128,11 @@ class Engine:
         return self._stage.model
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """What the stage trains: all keys of its recipe that change the result."""
+        return identity(self._stage)
+
+    @property
     def condition_names(self) -> tuple[str, ...]:
         """The conditions that the net takes, by name."""
         names: tuple[str, ...] = self.module.condition_names  # type: ignore[assignment]
@@ -196,7 +198,7 @@ class Engine:
         self.check_names({name: tuple(tensor.shape) for name, tensor in state.items()}, "the initial weights")
         self._adam.seed()
         self.consecutive_skips = 0
-        self.put(lambda name, key, start, end: state[name].reshape(-1)[start:end], ("master", "ema"), state)
+        self.put(_from_state(state), ("master", "ema"), state)
         self.publish()
 
     def check_names(self, shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
@@ -234,21 +236,21 @@ class Engine:
         }
 
     @torch.no_grad()
-    def put(self, fetch: Fetch, keys: tuple[str, ...], fixed: Mapping[str, torch.Tensor]) -> None:
+    def put(self, fill: Fill, keys: tuple[str, ...], fixed: Mapping[str, torch.Tensor]) -> None:
         """Overwrites this rank's shards, and its copy of what is in no shard; no collective. `publish` must follow.
 
         Args:
-            fetch: Gives the elements; asked for this rank's own ranges only.
+            fill: Gives the elements; asked for this rank's own ranges only, once for each key.
             keys: Which shards.
             fixed: Buffers and frozen parameters by name; other names are ignored.
         """
-        base = self.world.rank * self.layout.partition
-        for place in self.layout.places:
-            for rank, start, end in self.layout.pieces(place.offset, place.end):
-                if rank == self.world.rank:
-                    for key in keys:
-                        piece = fetch(place.name, key, start - place.offset, end - place.offset)
-                        self.shard(key)[start - base : end - base].copy_(piece)
+        wanted = [(place.name, start, end) for place, start, end in self.layout.of_rank(self.world.rank)]
+        own = len(self.layout.own(self.world.rank))
+        for key in keys:
+            shard = self.shard(key)[:own]
+            host = shard if shard.device.type == "cpu" else torch.empty(own)
+            fill(key, wanted, host)
+            shard.copy_(host)
         state = self.module.state_dict(keep_vars=True)
         for name in self.fixed():
             state[name].copy_(fixed[name])
@@ -304,6 +306,15 @@ class Engine:
         if clock["precision"] == self.precision:
             vars(self._zero.loss_scaler).update(clock["scaler"])
         vars(self.net).update(clock["counters"])
+
+
+def _from_state(state: Mapping[str, torch.Tensor]) -> Fill:
+    """Fills from a full state dict, whatever the shard."""
+
+    def fill(key: str, wanted: Sequence[tuple[str, int, int]], out: torch.Tensor) -> None:
+        torch.cat([state[name].reshape(-1)[start:end].float().cpu() for name, start, end in wanted], out=out)
+
+    return fill
 
 
 def _adding_to(place: torch.Tensor) -> Callable[[torch.Tensor], None]:

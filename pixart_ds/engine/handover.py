@@ -15,6 +15,7 @@ from pixart_ds.config.schema import ModelConfig
 from pixart_ds.engine.agree import on_first
 from pixart_ds.engine.checkpoint import require_room
 from pixart_ds.engine.deepspeed import Engine
+from pixart_ds.engine.storage import FolderStorage
 from pixart_ds.engine.tensors import FileRecord, TensorSpec, problem, write_tensors
 from pixart_ds.errors import CheckpointError, ConfigError
 from pixart_ds.layout import HandoverLayout
@@ -67,7 +68,13 @@ def save_handover(
     records = {}
     for kind, state in states.items():
         specs = [TensorSpec(name, torch.float32, tuple(tensor.shape)) for name, tensor in state.items()]
-        written = write_tensors(_path(names, kind), specs, (tensor.float().contiguous() for tensor in state.values()))
+        path, tensors = _path(names, kind), state.values()
+        written = write_tensors(
+            FolderStorage(folder),
+            path.name,
+            specs,
+            lambda tensors=tensors: (each.float() for each in tensors),  # type: ignore[misc]
+        )
         records[kind] = {"file": written.name, **written.to_json()}
     only = next(iter(records.values()))
     _finish(names, {kind: records.get(kind, only) for kind in _SHARD_OF}, lineage, model)
@@ -78,7 +85,7 @@ def _prepare(names: HandoverLayout, num_bytes: int) -> None:
     names.root.mkdir(parents=True, exist_ok=True)
     names.lineage.unlink(missing_ok=True)
     files.sync_folder(names.root)
-    require_room(names.root, num_bytes, "the handover")
+    require_room(FolderStorage(names.root), num_bytes, "the handover")
 
 
 def _finish(names: HandoverLayout, records: dict[str, Any], lineage: dict[str, Any], model: ModelConfig) -> None:
@@ -100,7 +107,7 @@ def _write_streamed(
     written: FileRecord | None = None
     if engine.world.rank == 0:
         try:
-            written = write_tensors(path, specs, tensors())
+            written = write_tensors(FolderStorage(path.parent), path.name, specs, tensors)
         except Exception as error:
             failure = error
     for _ in parameters:  # the other ranks' part; and on rank 0 the rest after a failure, for they are still sending
@@ -144,7 +151,7 @@ def read_handover(folder: Path, weights: Literal["raw", "ema"]) -> Handover:
             f"the handover has format {value.get('format')!r}, this version reads {FORMAT}", where=names.lineage
         )
     entry = value["files"][weights]
-    if (wrong := problem(folder, FileRecord.from_json(entry["file"], entry), whole=True)) is not None:
+    if (wrong := problem(FolderStorage(folder), FileRecord.from_json(entry["file"], entry), whole=True)) is not None:
         raise CheckpointError(f"the handover cannot be trusted: {wrong}", where=folder, remedy=remedy)
     return Handover(load_file(folder / entry["file"]), value["lineage"], value["model"])
 

@@ -7,15 +7,15 @@ back from the highest launch. What lies off that walk is ignored, whenever it wa
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pixart_ds import files
+from pixart_ds.engine.storage import read, storage_of
 from pixart_ds.errors import CheckpointError
-from pixart_ds.layout import AttemptLayout, CheckpointLayout, CheckpointName, StageLayout
+from pixart_ds.layout import MARKER_NAME, AttemptLayout, CheckpointName, StageLayout
 
 LaunchNumber = tuple[int, int]
 """(attempt, launch); later ones are greater."""
@@ -83,15 +83,14 @@ def _starts_of(attempt: AttemptLayout) -> list[Start]:
 
 def committed(layout: StageLayout) -> list[CheckpointName]:
     """The checkpoints whose marker is there, on the line or not, by images seen."""
-    return [name for name in _present(layout) if CheckpointLayout(layout.checkpoints / str(name)).marker.exists()]
+    storage = storage_of(layout)
+    return [name for name in present(layout) if storage.sub(str(name)).size(MARKER_NAME) is not None]
 
 
-def _present(layout: StageLayout) -> list[CheckpointName]:
-    if not layout.checkpoints.is_dir():
-        return []
-    return sorted(
-        name for path in layout.checkpoints.iterdir() if (name := CheckpointName.parse(path.name)) is not None
-    )
+def present(layout: StageLayout) -> list[CheckpointName]:
+    """All checkpoints that were begun, committed or not."""
+    names = map(CheckpointName.parse, storage_of(layout).folders())
+    return sorted(name for name in names if name is not None)
 
 
 def line(layout: StageLayout, upto: LaunchNumber | None = None) -> list[CheckpointName]:
@@ -154,8 +153,8 @@ def is_highest(layout: StageLayout, number: LaunchNumber) -> bool:
 def is_milestone(layout: StageLayout, name: CheckpointName) -> bool:
     """Whether a committed checkpoint is to be kept for ever; one with a damaged marker is, for a person to see."""
     try:
-        marker = files.read_json(CheckpointLayout(layout.checkpoints / str(name)).marker, error=CheckpointError)
-    except CheckpointError:
+        marker = json.loads(read(storage_of(layout).sub(str(name)), MARKER_NAME))
+    except ValueError:
         return True
     return bool(marker["milestone"])
 
@@ -191,16 +190,7 @@ def delete_expendable(layout: StageLayout, number: LaunchNumber, keep: int) -> l
     on_line = line(layout, number)
     milestones = {name for name in there if is_milestone(layout, name)}
     deleted = expendable(on_line, [name for name in there if name not in on_line], milestones, keep)
-    torn = [name for name in _present(layout) if name not in there and (name.attempt, name.launch) <= number]
+    torn = [name for name in present(layout) if name not in there and (name.attempt, name.launch) <= number]
     for name in [*deleted, *torn]:
-        _delete(layout.checkpoints / str(name))
+        storage_of(layout).sub(str(name)).delete(first=MARKER_NAME)  # what is half deleted must not look committed
     return deleted
-
-
-def _delete(folder: Path) -> None:
-    """The marker first: what is half deleted must not look committed."""
-    marker = CheckpointLayout(folder).marker
-    if marker.exists():
-        marker.unlink()
-        files.sync_folder(folder)
-    shutil.rmtree(folder)

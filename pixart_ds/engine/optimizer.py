@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from pixart_ds.config.schema import OptimizerConfig
+from pixart_ds.engine.shards import SHARD_KEYS
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
+STATE_KEYS = SHARD_KEYS[1:]
 """The optimizer's tensors of a parameter, each of the parameter's shape, in fp32."""
 
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+SHARD_KEYS = ("master", "exp_avg", "exp_avg_sq", "ema")
+"""A rank's flat fp32 shards, each of the same layout: the weights, Adam's moments, the average."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -52,6 +55,14 @@ class FlatLayout:
     def own(self, rank: int) -> range:
         """The elements that a rank holds, without the padding; empty if its part is all padding."""
         return range(min(self.count, rank * self.partition), min(self.count, (rank + 1) * self.partition))
+
+    def of_rank(self, rank: int) -> Iterator[tuple[Place, int, int]]:
+        """(parameter, a, b) for each part [a, b) of a flattened parameter that a rank holds, in the sequence of its shard."""
+        own = self.own(rank)
+        for place in self.places:
+            start, end = max(place.offset, own.start), min(place.end, own.stop)
+            if start < end:
+                yield place, start - place.offset, end - place.offset
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(rank, a, b) for each part [a, b) of [start, end) that lies in one rank's partition."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
-from pixart_ds.errors import MachineError
-from pixart_ds.files import write_durable
+from pixart_ds.engine.storage import Storage, read_into
 
 CHECKSUM = "xxh3_128"
 """Several gigabytes a second on one core: a checksum here finds damage, it is no defence against forgery."""
@@ -31,7 +29,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -72,37 +70,41 @@ class FileRecord:
         return cls(name, int(values["bytes"]), str(values[CHECKSUM]))
 
 
-def write_tensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]) -> FileRecord:
+def write_tensors(
+    storage: Storage,
+    name: str,
+    specs: Sequence[TensorSpec],
+    tensors: Callable[[], Iterable[torch.Tensor]],
+    *,
+    new: bool = False,
+) -> FileRecord:
     """Writes a durable safetensors file.
 
     Args:
-        path: The file; its folder exists.
+        storage: Where to.
+        name: Of the file.
         specs: What comes, in order.
-        tensors: One at a time, in the same order; on any device.
+        tensors: Gives them one at a time, in the same order; on any device. An object store may ask twice.
+        new: Take nobody's place.
 
     Raises:
         ValueError: A tensor is not what its spec says.
-        MachineError: The disk refuses.
+        MachineError: The disk or the store refuses.
+        FileExistsError: It was to be new, but is there.
     """
-    digest = xxhash.xxh3_128()
-    written = 0
+    written = FileRecord(name, 0, "")
 
     def counted() -> Iterator[memoryview]:
         nonlocal written
-        for piece in _pieces(specs, tensors):
+        digest, count = xxhash.xxh3_128(), 0
+        for piece in _pieces(specs, tensors()):
             digest.update(piece)
-            written += len(piece)
+            count += len(piece)
             yield piece
+        written = FileRecord(name, count, digest.hexdigest())
 
-    try:
-        write_durable(path, counted())
-    except OSError as cause:
-        raise MachineError(
-            f"cannot write {path.name}: {cause.strerror or cause}",
-            where=path,
-            remedy="free or enlarge the disk, then start again",
-        ) from cause
-    return FileRecord(path.name, written, digest.hexdigest())
+    storage.write(name, counted, new=new)
+    return written
 
 
 def _pieces(specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
@@ -131,24 +133,43 @@ def header(specs: Sequence[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def record(path: Path) -> FileRecord:
+def read_header(storage: Storage, name: str) -> dict[str, tuple[TensorSpec, int]]:
+    """The tensors of a safetensors file: what each is, and where its bytes begin in the file."""
+    (length,) = struct.unpack("<Q", b"".join(map(bytes, storage.pieces(name, 0, 8))))
+    entries = json.loads(b"".join(map(bytes, storage.pieces(name, 8, length))))
+    dtypes = {text: dtype for dtype, text in _NAMES.items()}
+    return {
+        key: (
+            TensorSpec(key, dtypes[entry["dtype"]], tuple(entry["shape"])),
+            8 + length + int(entry["data_offsets"][0]),
+        )
+        for key, entry in entries.items()
+        if key != "__metadata__"
+    }
+
+
+def read_elements(storage: Storage, name: str, start: int, out: torch.Tensor) -> None:
+    """Fills a contiguous CPU tensor from the bytes of a file that begin at `start`."""
+    read_into(storage, name, start, out.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def record(storage: Storage, name: str) -> FileRecord:
     """What a file looks like now; reads it whole."""
     digest = xxhash.xxh3_128()
     count = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            count += len(chunk)
-    return FileRecord(path.name, count, digest.hexdigest())
+    for piece in storage.pieces(name):
+        digest.update(piece)
+        count += len(piece)
+    return FileRecord(name, count, digest.hexdigest())
 
 
-def problem(folder: Path, wanted: FileRecord, *, whole: bool) -> str | None:
+def problem(storage: Storage, wanted: FileRecord, *, whole: bool) -> str | None:
     """What is wrong with a file, or None; `whole` also reads it for its checksum."""
-    path = folder / wanted.name
-    if not path.is_file():
+    size = storage.size(wanted.name)
+    if size is None:
         return f"{wanted.name} is missing"
-    if (size := path.stat().st_size) != wanted.num_bytes:
+    if size != wanted.num_bytes:
         return f"{wanted.name} has {size} bytes instead of {wanted.num_bytes}"
-    if whole and (found := record(path).checksum) != wanted.checksum:
+    if whole and (found := record(storage, wanted.name).checksum) != wanted.checksum:
         return f"{wanted.name} is damaged: its {CHECKSUM} is {found} instead of {wanted.checksum}"
     return None

@@ -16,8 +16,9 @@ from pixart_ds.engine import line
 from pixart_ds.engine.checkpoint import Reader
 from pixart_ds.engine.foreign import read_foreign
 from pixart_ds.engine.handover import read_handover
+from pixart_ds.engine.storage import storage_of
 from pixart_ds.errors import CheckpointError, ConfigError
-from pixart_ds.layout import CheckpointLayout, HandoverLayout, RunLayout, StageLayout
+from pixart_ds.layout import MARKER_NAME, HandoverLayout, RunLayout, StageLayout
 
 State = dict[str, torch.Tensor]
 WeightsKind = Literal["raw", "ema"]
@@ -79,8 +80,8 @@ def open_weights(source: Path, *, stage: str | None = None, kind: WeightsKind = 
         return _of_run(open_run(source), stage, kind)
     if stage is not None:
         raise ConfigError(f"a stage ({stage}) can be chosen in a run only", where=source, remedy="leave --stage away")
-    if CheckpointLayout(source).marker.exists():
-        return _of_checkpoint(source, kind)
+    if (source / MARKER_NAME).exists():
+        return _of_checkpoint(Reader.at(source), kind, StageLayout(source.parent.parent))
     if HandoverLayout(source).lineage.exists():
         return _of_handover(source, kind)
     if (source / "model_index.json").exists() or (source / "config.json").exists():
@@ -109,7 +110,7 @@ def _of_run(run: RunLayout, name: str | None, kind: WeightsKind) -> Weights:
         if HandoverLayout(layout.handover).lineage.exists():
             return _of_handover(layout.handover, kind)
         if (newest := line.newest(layout)) is not None:
-            return _of_checkpoint(layout.checkpoints / str(newest), kind)
+            return _of_checkpoint(Reader(storage_of(layout).sub(str(newest)), str(newest)), kind, layout)
     raise CheckpointError(
         f"{name or 'no stage of the run'} has {'no' if name else 'a'} handover or committed checkpoint",
         where=run.root,
@@ -117,12 +118,11 @@ def _of_run(run: RunLayout, name: str | None, kind: WeightsKind) -> Weights:
     )
 
 
-def _of_checkpoint(folder: Path, kind: WeightsKind) -> Weights:
-    reader = Reader(folder)
-    stage = _stage_beside(StageLayout(folder.parent.parent))
-    model = validate(ModelConfig, reader.manifest["model"], folder)
-    about = {"checkpoint": folder.name, "images_seen": reader.images_seen, "lineage": reader.state.get("lineage")}
-    return Weights(model, reader.state_dict(_SHARD_OF[kind]), kind, about, stage, None, folder)
+def _of_checkpoint(reader: Reader, kind: WeightsKind, layout: StageLayout) -> Weights:
+    stage, where = _stage_beside(layout), Path(reader.storage.where)
+    model = validate(ModelConfig, reader.manifest["model"], where)
+    about = {"checkpoint": reader.name, "images_seen": reader.images_seen, "lineage": reader.state.get("lineage")}
+    return Weights(model, reader.state_dict(_SHARD_OF[kind]), kind, about, stage, None, where)
 
 
 def _of_handover(folder: Path, kind: WeightsKind) -> Weights:

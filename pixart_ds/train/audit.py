@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pixart_ds import files
+from pixart_ds.config.change import read_changes
 from pixart_ds.config.freeze import open_run, read_stage
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.data.shards import PreparedSet
@@ -25,6 +26,7 @@ from pixart_ds.train.audit_line import (
     Log,
     Logged,
     Mark,
+    Segment,
     Violation,
     check_clocks,
     follow,
@@ -50,27 +52,70 @@ class Part:
 
 
 @dataclass(frozen=True)
+class _Era:
+    """The steps first … last, trained on one order of the data: all of a stage, unless a change of its dataset was allowed."""
+
+    first: int
+    last: int
+    config: StageConfig
+    sets: list[PreparedSet]
+    replay: Replay
+
+    @classmethod
+    def of(cls, config: StageConfig, first: int = 1, last: int = 0) -> _Era:
+        sets = open_sets(config)
+        return cls(first, last, config, sets, _replay(config, sets))
+
+    @property
+    def num_ids(self) -> int:
+        return sum(prepared.num_samples for prepared in self.sets)
+
+
+@dataclass(frozen=True)
 class _Stage:
     """A stage as the audit reads it."""
 
     config: StageConfig
     layout: StageLayout
-    sets: list[PreparedSet]
     history: History
     logs: list[Log]
-    replay: Replay
+    eras: list[_Era]
 
     @classmethod
     def open(cls, run: RunLayout, name: str) -> _Stage:
         config, layout = read_stage(run, name), run.stage(name)
-        sets = open_sets(config)
+        now = _Era.of(config)  # a set that is not there is told before anything else
         history = read_history(layout)
         logs = [read_log(attempt) for attempt in layout.all_attempts()]
-        return cls(config, layout, sets, history, logs, _replay(config, sets))
+        return cls(config, layout, history, logs, _eras(layout, history, now))
 
-    @property
-    def num_ids(self) -> int:
-        return sum(prepared.num_samples for prepared in self.sets)
+    def era(self, step: int) -> _Era:
+        """The one that a step belongs to; steps to come belong to the last."""
+        return next((era for era in self.eras if step <= era.last), self.eras[-1])
+
+
+def _eras(layout: StageLayout, history: History, now: _Era) -> list[_Era]:
+    """The line cut where the order of the data changed. An order that no version of the stage gives any more counts as today's, and
+    is then found to be another.
+    """
+    batch, before = now.config.global_batch_size, [change.stage_before for change in read_changes(layout)]
+    known: dict[str, _Era] = {now.replay.order.fingerprint: now}
+    eras: list[_Era] = []
+    for segment in history.segments:
+        order = segment.order or _order_within(history, segment) or now.replay.order.fingerprint
+        while order not in known and before:
+            older = _Era.of(before.pop())
+            known.setdefault(older.replay.order.fingerprint, older)
+        first, last, era = segment.after // batch + 1, segment.upto // batch, known.get(order, now)
+        if eras and eras[-1].replay is era.replay:
+            first = eras.pop().first
+        eras.append(replace(era, first=first, last=last))
+    return eras or [now]
+
+
+def _order_within(history: History, segment: Segment) -> str | None:
+    """What a checkpoint of the segment says of the order, for start files that do not."""
+    return next((m.order for m in history.marks if m.order and segment.after < m.images_seen <= segment.upto), None)
 
 
 def _replay(config: StageConfig, sets: list[PreparedSet]) -> Replay:
@@ -115,29 +160,32 @@ def audit_stage(stage: _Stage, part: Part, processes: int) -> dict[str, Any]:
         clocks = check_clocks(followed.steps, history.marks, batch)
         first, last = part.steps(batch, len(followed.steps) if clocks is None or clocks.step is None else clocks.step)
         began = time.monotonic()
-        logged = np.array([step.digest for step in followed.steps[first - 1 : max(0, last)]], np.uint64)
-        outcome = recompute(stage.replay, first, logged, stage.num_ids, processes)
+        outcome, fault = _recompute(stage, followed, first, last, processes)
         seconds = time.monotonic() - began
-        violation = _fault(stage, followed, outcome, first, last) or clocks or followed.violation
+        violation = fault or clocks or followed.violation
+    now = stage.eras[-1].replay.order
     return {
         "stage": stage.config.name,
         "done": history.done,
         "batch": batch,
         "steps": history.images_seen // batch,
         "total_steps": stage.config.total_steps,
-        "samples": stage.replay.order.num_samples,
+        "samples": now.num_samples,
         "proven": {
             "from_step": first,
             "to_step": first + outcome.steps - 1,
             "steps": outcome.steps,
             "images": outcome.steps * batch,
-            "passes": outcome.steps * batch / stage.replay.order.num_samples,
+            "passes": outcome.steps * batch / now.num_samples,
         },
         "attempts": _attempts(stage, followed),
         "rework": {"steps": sum(followed.rework.values()), "images": sum(followed.rework.values()) * batch},
         "open_steps": followed.open,
         "skipped_steps": sum(not step.applied for step in followed.steps),
-        "order": stage.replay.order.fingerprint,
+        "order": now.fingerprint,
+        "orders": [
+            {"from_step": era.first, "to_step": era.last, "order": era.replay.order.fingerprint} for era in stage.eras
+        ],
         "seconds": round(seconds, 3),
         "samples_per_second": outcome.steps * batch / seconds if seconds > 0 else 0.0,
         "violation": None if violation is None else violation.to_json(),
@@ -147,10 +195,27 @@ def audit_stage(stage: _Stage, part: Part, processes: int) -> dict[str, Any]:
 # ---- the checks ----------------------------------------------------------------------------------------------------
 
 
+def _recompute(
+    stage: _Stage, followed: Followed, first: int, last: int, processes: int
+) -> tuple[Outcome, Violation | None]:
+    """Recomputes the steps first … last, era by era up to the first fault; how far it came, and the fault."""
+    whole = Outcome(Coverage(0))
+    for era in stage.eras:
+        begin, end = max(first, era.first), min(last, era.last)
+        logged = np.array([step.digest for step in followed.steps[begin - 1 : max(0, end)]], np.uint64)
+        if begin > end:
+            continue
+        outcome = recompute(era.replay, begin, logged, era.num_ids, processes)
+        whole = replace(outcome, steps=whole.steps + outcome.steps)
+        if (fault := _fault(stage, era, followed, outcome, whole=begin == 1 and outcome.steps == end)) is not None:
+            return whole, fault
+    return whole, None
+
+
 def _other_data(stage: _Stage) -> Violation | None:
     """Whether a checkpoint of the line was trained on another order of the data than the sets and the recipe give now."""
-    order = stage.replay.order.fingerprint
     for mark in stage.history.marks:
+        order = stage.era(mark.images_seen // stage.config.global_batch_size).replay.order.fingerprint
         if mark.order is not None and mark.order != order:
             paths = ", ".join(config.path for config in stage.config.data.sets)
             return Violation(
@@ -180,17 +245,17 @@ def _clock(mark: Mark, what: str) -> Violation:
     return Violation("clock", None, what, str(mark.path), "put the file back as it was, from a copy of the run")
 
 
-def _fault(stage: _Stage, followed: Followed, outcome: Outcome, first: int, last: int) -> Violation | None:
-    """The first step whose samples or digest are not what they must be."""
+def _fault(stage: _Stage, era: _Era, followed: Followed, outcome: Outcome, *, whole: bool) -> Violation | None:
+    """The first step whose samples or digest are not what they must be; `whole` if they are the stage's from its beginning."""
     if outcome.wrong is None:
-        images = outcome.steps * stage.replay.batch
-        whole = first == 1 and outcome.steps == last
-        problem = outcome.coverage.problem(images, stage.replay.order.num_samples) if whole and images else None
-        return None if problem is None else Violation("visit", last, problem, str(stage.layout.attempts), _our_fault())
+        images = outcome.steps * era.replay.batch
+        problem = outcome.coverage.problem(images, era.replay.order.num_samples) if whole and images else None
+        where = str(stage.layout.attempts)
+        return None if problem is None else Violation("visit", outcome.steps, problem, where, _our_fault())
     line = followed.steps[outcome.wrong - 1]
     if outcome.expected is None:
         return _at(line, "visit", outcome.wrong, f"{outcome.fault}: samples are lost or repeated", _our_fault())
-    found = explain(stage.replay, outcome.wrong, line.digest, stage.config.total_steps)
+    found = explain(era.replay, outcome.wrong, line.digest, stage.config.total_steps)
     return replace(
         _at(
             line,
@@ -265,15 +330,16 @@ def show_step(root: Path, stage: str | None, step: int) -> dict[str, Any]:
         raise ConfigError(f"--step {step}: {opened.config.name} has the steps 1 to {opened.config.total_steps}")
     if (other := _other_data(opened)) is not None:
         raise DataError(other.what, where=other.where, remedy=other.remedy)
-    drawn = opened.replay.draw(opened.replay.plan(step))
+    era = opened.era(step)
+    drawn = era.replay.draw(era.replay.plan(step))
     followed = follow(opened.history, opened.logs, opened.config.global_batch_size)
     line = followed.steps[step - 1] if step <= len(followed.steps) else None
-    lost = followed.violation if line is None and step * opened.replay.batch <= opened.history.images_seen else None
+    lost = followed.violation if line is None and step * era.replay.batch <= opened.history.images_seen else None
     plan, batch = drawn.plan, opened.config.global_batch_size
     columns = {
         "sample_id": plan.sample_id,
         "set": plan.set_index,
-        "part": [int(opened.sets[s].parts[g]) for s, g in zip(plan.set_index, plan.group, strict=True)],
+        "part": [int(era.sets[s].parts[g]) for s, g in zip(plan.set_index, plan.group, strict=True)],
         "row": plan.row,
         "visit": plan.visit,
         "bucket": plan.bucket,
@@ -284,7 +350,7 @@ def show_step(root: Path, stage: str | None, step: int) -> dict[str, Any]:
         dict(zip(columns, values, strict=True))
         for values in zip(*(np.asarray(c).tolist() for c in columns.values()), strict=True)
     ]
-    for row, key, name in zip(rows, drawn.noise_keys.tolist(), _names(opened, drawn.plan), strict=True):
+    for row, key, name in zip(rows, drawn.noise_keys.tolist(), _names(era, drawn.plan), strict=True):
         row |= {"noise_key": f"{key:016x}", "name": name}
     return {
         "run": str(root),
@@ -298,15 +364,15 @@ def show_step(root: Path, stage: str | None, step: int) -> dict[str, Any]:
         else {"digest": f"{line.digest:016x}", "attempt": line.attempt, "launch": line.launch, "applied": line.applied},
         "proven": line.digest == drawn.digest if line is not None else lost is None,
         "violation": None if lost is None else lost.to_json(),
-        "sets": [config.path for config in opened.config.data.sets],
+        "sets": [config.path for config in era.config.data.sets],
         "samples": rows,
     }
 
 
-def _names(stage: _Stage, plan: StepPlan) -> list[str | None]:
+def _names(era: _Era, plan: StepPlan) -> list[str | None]:
     """The pictures' names, where the set's rows are at hand."""
     found: list[str | None] = [None] * len(plan)
-    for number, (prepared, config) in enumerate(zip(stage.sets, stage.config.data.sets, strict=True)):
+    for number, (prepared, config) in enumerate(zip(era.sets, era.config.data.sets, strict=True)):
         path = Path(config.path) / "rows.npz"
         mine = np.flatnonzero(plan.set_index == number)
         if not path.exists() or not len(mine):

@@ -16,8 +16,9 @@ from typing import Any
 from pixart_ds import files
 from pixart_ds.engine import line as lines
 from pixart_ds.engine.line import LaunchNumber, Start
+from pixart_ds.engine.storage import read, storage_of
 from pixart_ds.errors import CheckpointError
-from pixart_ds.layout import AttemptLayout, CheckpointLayout, HandoverLayout, StageLayout
+from pixart_ds.layout import MANIFEST_NAME, MARKER_NAME, AttemptLayout, HandoverLayout, StageLayout
 
 _PUT_BACK = "put the log back as it was, from a copy of the run; without it the step cannot be proven"
 
@@ -53,11 +54,12 @@ class Log:
 
 @dataclass(frozen=True)
 class Segment:
-    """The steps of one launch that count: images in (after, upto]."""
+    """The steps of one launch that count: images in (after, upto]; trained on the data in this order, where its start file says."""
 
     launch: LaunchNumber
     after: int
     upto: int
+    order: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def segments_of(
             return segments[::-1], number
         after = 0 if start.origin is None else start.origin.images_seen
         if after < end:
-            segments.append(Segment(number, after, end))
+            segments.append(Segment(number, after, end, start.state.get("order")))
             end = after
         number = None if start.origin is None else (start.origin.attempt, start.origin.launch)
     return segments[::-1], None
@@ -229,18 +231,19 @@ def _start_marks(layout: StageLayout, starts: Mapping[LaunchNumber, Start], segm
 def _checkpoint_marks(layout: StageLayout, top: LaunchNumber) -> list[Mark]:
     marks = []
     for name in lines.line(layout, top):
-        folder = CheckpointLayout(layout.checkpoints / str(name))
+        storage = storage_of(layout).sub(str(name))
+        where = Path(storage.where) / MANIFEST_NAME
         try:
-            said = files.read_json(folder.manifest, error=CheckpointError)["state"]
-        except CheckpointError:
-            if folder.marker.exists():
-                raise
+            said = files.parse_json(read(storage, MANIFEST_NAME), where, error=CheckpointError)["state"]
+        except FileNotFoundError as cause:
+            if storage.size(MARKER_NAME) is not None:
+                raise CheckpointError("a committed checkpoint has no manifest", where=where) from cause
             continue  # a running attempt has deleted it meanwhile
         state = said["state"]
         marks.append(
             Mark(
                 f"the checkpoint {name}",
-                folder.manifest,
+                where,
                 name.images_seen,
                 state["applied_steps"],
                 state["skipped_steps"],

@@ -9,8 +9,9 @@ from typing import Any
 from pixart_ds import files
 from pixart_ds.config.freeze import open_run, read_stage
 from pixart_ds.engine import line
+from pixart_ds.engine.storage import storage_of
 from pixart_ds.errors import CheckpointError, ConfigError
-from pixart_ds.layout import CheckpointLayout, CheckpointName, RunLayout, StageLayout
+from pixart_ds.layout import CheckpointName, RunLayout
 from pixart_ds.log import si
 
 
@@ -23,7 +24,7 @@ def list_checkpoints(run: RunLayout, stage: str | None = None) -> list[dict[str,
         layout = run.stage(name)
         on_line, newest = set(line.line(layout)), line.newest(layout)
         for each in line.committed(layout):
-            folder = layout.checkpoints / str(each)
+            folder = storage_of(layout).sub(str(each))
             rows.append(
                 {
                     "stage": name,
@@ -32,14 +33,14 @@ def list_checkpoints(run: RunLayout, stage: str | None = None) -> list[dict[str,
                     "milestone": line.is_milestone(layout, each),
                     "on_line": each in on_line,
                     "newest": each == newest,
-                    "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-                    "path": str(folder),
+                    "bytes": sum(folder.sizes().values()),
+                    "path": folder.where,
                 }
             )
     return rows
 
 
-def verify_checkpoints(path: Path, stage: str | None = None) -> list[dict[str, Any]]:
+def verify_checkpoints(path: Path | str, stage: str | None = None) -> list[dict[str, Any]]:
     """Reads every file of a checkpoint, or of all of a run, and compares its checksum; `problem` is None if all is whole.
 
     Raises:
@@ -48,32 +49,31 @@ def verify_checkpoints(path: Path, stage: str | None = None) -> list[dict[str, A
     from pixart_ds.engine.checkpoint import Reader
 
     rows = []
-    for folder in _folders(path, stage):
+    for location in _locations(path, stage):
         problem = None
         try:
-            Reader(folder).verify()
+            Reader.at(location).verify()
         except CheckpointError as error:
             problem = str(error)
-        rows.append({"path": str(folder), "problem": problem})
+        rows.append({"path": location, "problem": problem})
     return rows
 
 
-def _folders(path: Path, stage: str | None) -> list[Path]:
+def _locations(path: Path | str, stage: str | None) -> list[str]:
     """The checkpoint itself, or all of the run's, those that are not committed included."""
-    if CheckpointName.parse(path.name) is not None:
-        return [path]
-    run = open_run(path)
+    if CheckpointName.parse(str(path).rstrip("/").rsplit("/", 1)[-1]) is not None:
+        return [str(path)]
+    run = open_run(Path(path))
     stages = [stage] if stage else files.read_json(run.manifest, error=ConfigError)["stages"]
     found = []
     for name in stages:
         read_stage(run, name)
-        folder = StageLayout(run.root / name).checkpoints
-        if folder.is_dir():
-            found += sorted(each for each in folder.iterdir() if CheckpointName.parse(each.name) is not None)
+        storage = storage_of(run.stage(name))
+        found += [storage.sub(str(each)).where for each in line.present(run.stage(name))]
     return found
 
 
-def show_checkpoint(path: Path) -> dict[str, Any]:
+def show_checkpoint(path: Path | str) -> dict[str, Any]:
     """What a checkpoint's manifest says, parameters summed up.
 
     Raises:
@@ -81,13 +81,13 @@ def show_checkpoint(path: Path) -> dict[str, Any]:
     """
     from pixart_ds.engine.checkpoint import Reader
 
-    reader = Reader(path)
+    reader = Reader.at(path)
     parts: dict[str, int] = defaultdict(int)
     for place in reader.layout.places:
         parts[place.name.split(".")[0]] += place.count
     manifest = {key: value for key, value in reader.manifest.items() if key not in ("parameters", "fixed")}
     return {
-        "path": str(path),
+        "path": reader.storage.where,
         **manifest,
         "parameters": sum(parts.values()),
         "parameters_by_part": dict(parts),
@@ -111,9 +111,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def page(shown: dict[str, Any]) -> str:
     """One checkpoint for people."""
-    world, by = CheckpointLayout(Path(shown["path"])), shown["written_by"]
+    by = shown["written_by"]
     lines = [
-        f"{world.root.name}: {si(shown['images_seen'])} images{', a milestone' if shown['milestone'] else ''}",
+        f"{shown['path'].rsplit('/', 1)[-1]}: {si(shown['images_seen'])} images{', a milestone' if shown['milestone'] else ''}",
         f"  written     {shown['written_at']} by attempt {by['attempt']}, launch {by['launch']}, on {shown['world_size']} ranks",
         f"  versions    package {by['package']}, torch {by['torch']}",
         f"  net         {shown['model']['kind']}, {shown['parameters']:,} parameters; beside them: {', '.join(shown['fixed'])}",

@@ -34,6 +34,14 @@ def open_sets(stage: StageConfig) -> list[PreparedSet]:
     return sets
 
 
+def contents_of(stage: StageConfig, sets: list[PreparedSet]) -> dict[str, str]:
+    """What each set holds, by its path, for a comparison later."""
+    return {
+        config.path: f"{prepared.num_samples} samples, {prepared.fingerprint}"
+        for config, prepared in zip(stage.data.sets, sets, strict=True)
+    }
+
+
 def _problems(stage: StageConfig, prepared: PreparedSet, path: str) -> list[str]:
     net, about = stage.model, prepared.description
     problems = []

@@ -91,10 +91,12 @@ def _overlay(fresh: State, given: State, stage: StageConfig) -> State:
 
 def net_of(stage: StageConfig) -> PixArt | DiT:
     """The stage's net, uninitialised, on the CPU in fp32."""
+    blocks = stage.execution.checkpointed_blocks
+    assert blocks != "auto", "train.execution chooses it first"
     return build(
         stage.model,
         fp32_attention=stage.fp32_attention,
         attention_backend=stage.execution.attention_backend,
         packed_text=stage.execution.packed_text,
-        checkpointed_blocks=stage.execution.checkpointed_blocks,
+        checkpointed_blocks=blocks,
     )

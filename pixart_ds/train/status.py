@@ -6,8 +6,9 @@ from typing import Any
 
 from pixart_ds import files
 from pixart_ds.config.freeze import read_stage
+from pixart_ds.engine import line
 from pixart_ds.errors import ConfigError
-from pixart_ds.layout import AttemptLayout, CheckpointLayout, CheckpointName, RunLayout, StageLayout
+from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
 from pixart_ds.log import si
 
 
@@ -40,10 +41,8 @@ def _row(run: RunLayout, name: str) -> dict[str, Any]:
 
 
 def _newest(layout: StageLayout) -> str | None:
-    if not layout.checkpoints.is_dir():
-        return None
-    names = [CheckpointName.parse(p.name) for p in layout.checkpoints.iterdir() if CheckpointLayout(p).marker.exists()]
-    return str(max(name for name in names if name is not None)) if any(names) else None
+    names = line.committed(layout)
+    return str(names[-1]) if names else None
 
 
 def _last_metrics(attempts: list[AttemptLayout]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_checkpoints_are_whole_and_sharded(demo: tuple[Path, str]) -> None:
     assert {"COMMITTED", "manifest.json", "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"} == {
         p.name for p in newest.iterdir()
     }
-    reader = Reader(newest).verify()
+    reader = Reader.at(newest).verify()
     handed = read_handover(stage.handover, "ema")
     stored = reader.state_dict("ema")
     assert set(stored) == set(handed.state)
@@ -147,7 +147,7 @@ def test_weights_go_out_of_a_sharded_checkpoint_and_come_back(demo: tuple[Path, 
         out = tmp_path / weights
         assert call("export", newest, "--weights", weights, "--out", out).returncode == 0
         assert call("import", out, "--out", tmp_path / f"back-{weights}").returncode == 0
-        stored = Reader(newest).state_dict("master" if weights == "raw" else "ema")
+        stored = Reader.at(newest).state_dict("master" if weights == "raw" else "ema")
         back = read_handover(tmp_path / f"back-{weights}", "raw").state
         assert stored.keys() == back.keys()
         assert all((stored[name] == value).all() for name, value in back.items())

@@ -12,16 +12,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from pixart_ds import files
 from pixart_ds.config.deepspeed import load_deepspeed, merge
 from pixart_ds.engine import checkpoint as checkpoint_module
 from pixart_ds.engine import deepspeed_compat
+from pixart_ds.engine import shelf as shelf_module
+from pixart_ds.engine import storage as storage_module
 from pixart_ds.engine.agree import Votes, agree, gather, on_first, together
-from pixart_ds.engine.checkpoint import Shelf
-from pixart_ds.engine.deepspeed import SHARD_KEYS, Engine, StepResult
+from pixart_ds.engine.deepspeed import Engine, StepResult
 from pixart_ds.engine.handover import write_handover
+from pixart_ds.engine.shards import SHARD_KEYS
+from pixart_ds.engine.shelf import Shelf
 from pixart_ds.engine.world import World
 from pixart_ds.errors import CheckpointError, DataError, MachineError, PixArtError
-from pixart_ds.layout import StageLayout
+from pixart_ds.layout import CheckpointName, StageLayout
 from tests.engine.toy import BATCH, cuts, loss_of, samples, stage_of, toy
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -91,6 +95,13 @@ def shelf_of(engine: Engine, layout: StageLayout, attempt: int, launch: int = 1,
     return Shelf(layout, attempt, launch, engine, engine.world, keep=keep)
 
 
+def save(shelf: Shelf, images_seen: int, state: dict[str, Any], milestone: bool = False) -> CheckpointName:
+    """A save that is waited for."""
+    name = shelf.save(images_seen, state, milestone)
+    shelf.wait()
+    return name
+
+
 def first(world: World, root: str) -> dict[str, Any]:
     """In one start of the processes: initialise, train, skip, save, hand over; in every precision."""
     out: dict[str, Any] = {"agreed": _agreed(world), "together": _together(world)}
@@ -140,7 +151,7 @@ def first(world: World, root: str) -> dict[str, Any]:
         layout = layout_of(root, precision, world.size)
         shelf = shelf_of(engine, layout, attempt=1)
         shelf.write_start({"images_seen": 0})
-        got["name"] = str(shelf.save(91, {"images_seen": 91, "note": "naïve"}))
+        got["name"] = str(save(shelf, 91, {"images_seen": 91, "note": "naïve"}))
         got["clock"] = engine.clock()
         saved = {name: tensor.clone() for name, tensor in snapshot(engine).items()}
         if world.rank == 0:
@@ -166,6 +177,7 @@ def first(world: World, root: str) -> dict[str, Any]:
 def _agreed(world: World) -> dict[str, Any]:
     votes = Votes(
         stop=world.rank == world.size - 1,
+        saved=world.rank > 0,
         digest=2**64 - 1 - world.rank,
         samples=world.rank,
         sums={"b": 0.5, "a": world.rank},
@@ -196,44 +208,44 @@ def _retention(world: World, engine: Engine, layout: StageLayout) -> dict[str, A
     out: dict[str, Any] = {}
     shelf = shelf_of(engine, layout, attempt=1, keep=1)
     shelf.write_start({})
-    shelf.save(10, {}, milestone=True)
-    shelf.save(20, {})
-    shelf.save(30, {})
+    save(shelf, 10, {}, milestone=True)
+    save(shelf, 20, {})
+    save(shelf, 30, {})
     out["kept"] = [str(name) for name in shelf.line()]
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 0:
-            patch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1234})())
+            patch.setattr(storage_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1234})())
         with pytest.raises(MachineError) as full:
-            shelf.save(40, {})
+            save(shelf, 40, {})
     out["disk_full"] = str(full.value)
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 1:
-            patch.setattr("pixart_ds.engine.tensors.write_durable", _no_space)
+            patch.setattr("pixart_ds.files.write_durable", _no_space)
         with pytest.raises(MachineError) as refused:
-            shelf.save(40, {})
+            save(shelf, 40, {})
     out["write_failed"] = str(refused.value)
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 1:
-            patch.setattr(checkpoint_module, "record", lambda path: checkpoint_module.FileRecord(path.name, 5, "00"))
+            patch.setattr(checkpoint_module, "record", lambda _, name: checkpoint_module.FileRecord(name, 5, "00"))
         with pytest.raises(MachineError) as bent:
-            shelf.save(50, {})
+            save(shelf, 50, {})
     out["read_back"] = str(bent.value)
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 0:
-            patch.setattr("pixart_ds.engine.tensors.write_durable", _no_space)
+            patch.setattr("pixart_ds.files.write_durable", _write_failing_on("raw.safetensors"))
         with pytest.raises(MachineError) as failed:
             write_handover(engine, layout.handover, {})
     out["handover_failed"] = str(failed.value)
-    out["newest_after_failures"] = str(shelf.newest())
+    out["newest_after_failures"] = str(shelf.line()[-1])
     out["uncommitted"] = sorted(path.name for path in layout.checkpoints.iterdir() if not (path / "COMMITTED").exists())
     dist.barrier()
     later = shelf_of(engine, layout, attempt=2)
     with pytest.raises(CheckpointError) as fenced:
-        shelf.save(60, {})
+        save(shelf, 60, {})
     out["fenced"] = str(fenced.value)
     later.resume()
     later.write_start({})
-    later.save(60, {})
+    save(later, 60, {})
     out["after"] = sorted(path.name for path in layout.checkpoints.iterdir())
     return out
 
@@ -241,6 +253,11 @@ def _retention(world: World, engine: Engine, layout: StageLayout) -> dict[str, A
 def _no_space(path: Path, pieces: Any) -> None:
     next(iter(pieces))
     raise OSError(28, "No space left on device", str(path))
+
+
+def _write_failing_on(name: str) -> Any:
+    write = files.write_durable
+    return lambda path, pieces: _no_space(path, pieces) if path.name == name else write(path, pieces)
 
 
 def second(world: World, root: str) -> dict[str, Any]:
@@ -277,14 +294,15 @@ def _count_reads(shelf: Shelf) -> tuple[Any, int]:
     readers = []
 
     class Counting(checkpoint_module.Reader):
-        def __init__(self, folder: Path) -> None:
-            super().__init__(folder)
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             readers.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_module, "Reader", Counting)
-        state = shelf.resume()
-    return state, readers[0].bytes_read
+        patch.setattr(shelf_module, "Reader", Counting)
+        resumed = shelf.resume()
+    assert resumed is not None
+    return resumed.state, readers[0].bytes_read
 
 
 def save_for_ever(world: World, root: str) -> None:
@@ -294,7 +312,7 @@ def save_for_ever(world: World, root: str) -> None:
     shelf.write_start({})
     for step in range(10_000):
         train(engine, step)
-        shelf.save(BATCH * (step + 1), {"images_seen": BATCH * (step + 1)})
+        shelf.save(BATCH * (step + 1), {"images_seen": BATCH * (step + 1)})  # while the one before is written
 
 
 def go_on(world: World, root: str) -> dict[str, Any]:
@@ -302,12 +320,12 @@ def go_on(world: World, root: str) -> dict[str, Any]:
     engine = build(world, "fp32", seed=3)
     layout = StageLayout(Path(root))
     shelf = shelf_of(engine, layout, attempt=2)
-    state = shelf.resume()
+    resumed = shelf.resume()
     shelf.write_start({})
-    assert state is not None
-    steps = engine.applied_steps
+    assert resumed is not None
+    state, steps = resumed.state, engine.applied_steps
     train(engine, steps)
-    shelf.save(state["images_seen"] + BATCH, {"images_seen": state["images_seen"] + BATCH})
+    save(shelf, state["images_seen"] + BATCH, {"images_seen": state["images_seen"] + BATCH})
     uncommitted = [path.name for path in layout.checkpoints.iterdir() if not (path / "COMMITTED").exists()]
     return {"state": state, "steps": steps, "uncommitted": uncommitted, "line": [str(name) for name in shelf.line()]}
 

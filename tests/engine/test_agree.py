@@ -19,7 +19,7 @@ def test_digests_add_exactly(size: int) -> None:
     luck = random.Random(size)
     digests = [luck.choice([2**64 - 1, 2**32 - 1, 2**32, luck.getrandbits(64)]) for _ in range(size)]
     total = torch.stack([pack(Votes(digest=digest, samples=3, sums={}), []) for digest in digests]).sum(0)
-    assert unpack(total, []) == Agreement(False, False, sum(digests) % 2**64, 3 * size, {})
+    assert unpack(total, []) == Agreement(False, False, 0, sum(digests) % 2**64, 3 * size, {})
 
 
 @pytest.mark.parametrize("stop", [False, True])

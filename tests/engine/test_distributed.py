@@ -17,7 +17,7 @@ from pixart_ds.engine.checkpoint import Reader
 from pixart_ds.engine.handover import read_handover
 from pixart_ds.engine.optimizer import learning_rate
 from pixart_ds.errors import CheckpointError
-from pixart_ds.layout import CheckpointLayout, HandoverLayout, StageLayout
+from pixart_ds.layout import MANIFEST_NAME, MARKER_NAME, HandoverLayout, StageLayout, rank_file_name
 from tests.engine import ranks
 from tests.engine.ranks import MORE, PRECISIONS, STEPS, WORLDS, layout_of
 from tests.engine.toy import BATCH, cuts, loss_of, samples, stage_of, toy
@@ -147,7 +147,14 @@ def test_the_ranks_agree(firsts: dict[int, list[Any]]) -> None:
     for size in WORLDS:
         digest = sum(2**64 - 1 - rank for rank in range(size)) % 2**64
         whole = sum(range(size))
-        wanted = {"stop": True, "save": False, "digest": digest, "samples": whole, "sums": {"a": whole, "b": size / 2}}
+        wanted = {
+            "stop": True,
+            "save": False,
+            "saved": size - 1,
+            "digest": digest,
+            "samples": whole,
+            "sums": {"a": whole, "b": size / 2},
+        }
         assert [result["agreed"] for result in firsts[size]] == [wanted] * size
 
 
@@ -188,7 +195,7 @@ def test_a_damaged_file_is_refused_on_all_ranks(seconds: dict[int, list[Any]]) -
     for size in WORLDS:
         for result in seconds[size]:
             assert "rank-00001-of-00002.safetensors is damaged" in result["damaged"]
-            assert "move the folder away" in result["damaged"]
+            assert "no checkpoint of the stage is whole" in result["damaged"]
             assert result["nothing"] is None
 
 
@@ -196,7 +203,7 @@ def test_a_damaged_file_is_refused_on_all_ranks(seconds: dict[int, list[Any]]) -
 @pytest.mark.parametrize("size", WORLDS)
 def test_files_alone_give_weights_and_ema(firsts: dict[int, list[Any]], root: Path, size: int, precision: str) -> None:
     layout = layout_of(str(root), precision, size)
-    reader = Reader(layout.checkpoints / firsts[size][0][precision]["name"])
+    reader = Reader.at(layout.checkpoints / firsts[size][0][precision]["name"])
     saved = load_file(root / f"saved-{precision}-{size}")
     fixed = {name: toy().state_dict()[name] for name in ("table", "position")}
     for key, weights in (("master", "raw"), ("ema", "ema")):
@@ -212,28 +219,30 @@ def test_files_alone_give_weights_and_ema(firsts: dict[int, list[Any]], root: Pa
 
 
 def test_ranges_of_a_parameter_cross_the_ranks_files(firsts: dict[int, list[Any]], root: Path) -> None:
-    reader = Reader(layout_of(str(root), "fp32", 3).checkpoints / firsts[3][0]["fp32"]["name"])
+    reader = Reader.at(layout_of(str(root), "fp32", 3).checkpoints / firsts[3][0]["fp32"]["name"])
     saved = load_file(root / "saved-fp32-3")
     for place in reader.layout.places:
         flat = saved[f"exp_avg/{place.name}"].reshape(-1)
         for start, end in ((0, place.count), (1, place.count - 1), (place.count // 2, place.count // 2)):
-            assert torch.equal(reader.fetch(place.name, "exp_avg", start, end), flat[start:end])
+            out = torch.empty(end - start)
+            reader.fill("exp_avg", [(place.name, start, end)], out)
+            assert torch.equal(out, flat[start:end])
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda names: names.marker.unlink(), "is not committed: its save was not finished"),
-        (lambda names: shutil.rmtree(names.root), "is not there"),
+        (lambda folder: (folder / MARKER_NAME).unlink(), "is not committed: its save was not finished"),
+        (shutil.rmtree, "is not there"),
         (
-            lambda names: _flip_a_bit(names.rank_file(0, 2)),
+            lambda folder: _flip_a_bit(folder / rank_file_name(0, 2)),
             r"rank-00000-of-00002.safetensors is damaged: its xxh3_128 is \w+ instead",
         ),
-        (lambda names: _flip_a_bit(names.manifest), "manifest.json is damaged"),
-        (lambda names: names.rank_file(1, 2).unlink(), "rank-00001-of-00002.safetensors is missing"),
-        (lambda names: names.rank_file(1, 2).write_bytes(b"short"), "has 5 bytes instead of"),
-        (lambda names: names.marker.write_text('{"format": 2}'), "has format 2, this version reads 1"),
-        (lambda names: names.marker.write_text("{"), "COMMITTED is not JSON"),
+        (lambda folder: _flip_a_bit(folder / MANIFEST_NAME), "manifest.json is damaged"),
+        (lambda folder: (folder / rank_file_name(1, 2)).unlink(), "rank-00001-of-00002.safetensors is missing"),
+        (lambda folder: (folder / rank_file_name(1, 2)).write_bytes(b"short"), "has 5 bytes instead of"),
+        (lambda folder: (folder / MARKER_NAME).write_text('{"format": 2}'), "has format 2, this version reads 1"),
+        (lambda folder: (folder / MARKER_NAME).write_text("{"), "COMMITTED is not JSON"),
     ],
 )
 def test_what_is_torn_is_refused(
@@ -241,9 +250,9 @@ def test_what_is_torn_is_refused(
 ) -> None:
     name = firsts[2][0]["fp32"]["name"]
     copied = shutil.copytree(layout_of(str(root), "fp32", 2).checkpoints / name, tmp_path / name)
-    damage(CheckpointLayout(copied))
+    damage(copied)
     with pytest.raises(CheckpointError, match=message):
-        Reader(copied).state_dict("ema")
+        Reader.at(copied).state_dict("ema")
 
 
 def test_a_handover_that_is_torn_is_refused(firsts: dict[int, list[Any]], root: Path, tmp_path: Path) -> None:
@@ -297,7 +306,7 @@ def test_a_kill_during_a_save_leaves_the_older_checkpoint(tmp_path: Path, moment
     assert went_on["steps"] == newest.images_seen // BATCH
     assert went_on["uncommitted"] == []
     assert went_on["line"] == [str(newest), f"img-{newest.images_seen + BATCH:012d}-a0002-l01"]
-    Reader(layout.checkpoints / went_on["line"][0]).verify()
+    Reader.at(layout.checkpoints / went_on["line"][0]).verify()
 
 
 def test_deepspeed_still_cannot_step_with_a_rank_that_had_no_micro_batch() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pixart_ds.engine import line as lines
 from pixart_ds.errors import CheckpointError
-from pixart_ds.layout import CheckpointLayout, CheckpointName, StageLayout
+from pixart_ds.layout import MARKER_NAME, CheckpointName, StageLayout
 
 
 class Stage:
@@ -36,7 +36,7 @@ class Stage:
         folder.mkdir(parents=True)
         (folder / "rank-00000-of-00001.safetensors").write_bytes(b"x")
         if not torn:
-            CheckpointLayout(folder).marker.write_text(json.dumps({"format": 1, "milestone": milestone, "files": {}}))
+            (folder / MARKER_NAME).write_text(json.dumps({"format": 1, "milestone": milestone, "files": {}}))
         return name
 
     def line(self, upto: lines.LaunchNumber | None = None) -> list[tuple[int, int, int]]:
@@ -161,7 +161,7 @@ def test_deleting_keeps_the_newest_and_the_milestones(stage: Stage) -> None:
     stage.save(40, 1, 1)  # off the line
     stage.save(50, 1, 1, milestone=True)  # off the line, but to be kept for ever
     damaged = stage.save(55, 1, 1)
-    CheckpointLayout(stage.layout.checkpoints / str(damaged)).marker.write_text("{")
+    (stage.layout.checkpoints / str(damaged) / MARKER_NAME).write_text("{")
     stage.save(60, 1, 1, torn=True)
     stage.save(40, 2, 1)
     stage.save(70, 2, 1, torn=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pixart_ds.engine.storage import FolderStorage
 from pixart_ds.engine.tensors import FileRecord, TensorSpec, problem, record, write_tensors
 from pixart_ds.errors import MachineError
 
@@ -22,9 +23,8 @@ GOLDEN = (427, "e3cf1c2442cc7363eeeea53bb338d8e0")
 
 
 def _write(path: Path) -> FileRecord:
-    return write_tensors(
-        path, [TensorSpec.of(name, tensor) for name, tensor in TENSORS.items()], iter(TENSORS.values())
-    )
+    specs = [TensorSpec.of(name, tensor) for name, tensor in TENSORS.items()]
+    return write_tensors(FolderStorage(path.parent), path.name, specs, lambda: iter(TENSORS.values()))
 
 
 def test_the_library_reads_what_was_streamed(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_the_library_reads_what_was_streamed(tmp_path: Path) -> None:
     for name, tensor in TENSORS.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor)
-    assert written == record(tmp_path / "a.safetensors")
+    assert written == record(FolderStorage(tmp_path), "a.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -46,10 +46,11 @@ def test_the_bytes_do_not_change_between_versions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [torch.zeros(5, 2), torch.zeros(5, 3, dtype=torch.float64)])
 def test_a_tensor_that_is_not_as_announced_leaves_no_file(tmp_path: Path, wrong: torch.Tensor) -> None:
+    storage, specs = FolderStorage(tmp_path), [TensorSpec.of("weight", TENSORS["weight"])]
     with pytest.raises(ValueError, match="weight is"):
-        write_tensors(tmp_path / "a", [TensorSpec.of("weight", TENSORS["weight"])], [wrong])
+        write_tensors(storage, "a", specs, lambda: [wrong])
     with pytest.raises(ValueError, match="shorter"):
-        write_tensors(tmp_path / "a", [TensorSpec.of("weight", TENSORS["weight"])], [])
+        write_tensors(storage, "a", specs, list)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,14 +62,17 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     written = _write(path)
-    assert problem(tmp_path, written, whole=True) is None
+    assert problem(FolderStorage(tmp_path), written, whole=True) is None
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert problem(tmp_path, written, whole=False) is None
-    assert "is damaged" in str(problem(tmp_path, written, whole=True))
+    assert problem(FolderStorage(tmp_path), written, whole=False) is None
+    assert "is damaged" in str(problem(FolderStorage(tmp_path), written, whole=True))
     path.write_bytes(data[:-1])
-    assert problem(tmp_path, written, whole=False) == f"a.safetensors has {len(data) - 1} bytes instead of {len(data)}"
+    assert (
+        problem(FolderStorage(tmp_path), written, whole=False)
+        == f"a.safetensors has {len(data) - 1} bytes instead of {len(data)}"
+    )
     path.unlink()
-    assert problem(tmp_path, written, whole=False) == "a.safetensors is missing"
+    assert problem(FolderStorage(tmp_path), written, whole=False) == "a.safetensors is missing"
     assert FileRecord.from_json(written.name, written.to_json()) == written

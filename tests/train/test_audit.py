@@ -21,7 +21,7 @@ from pixart_ds.diffusion.noise import draw
 from pixart_ds.diffusion.schedule import NUM_TIMESTEPS
 from pixart_ds.engine import line as lines
 from pixart_ds.errors import ConfigError, DataError
-from pixart_ds.layout import CheckpointLayout, CheckpointName, HandoverLayout
+from pixart_ds.layout import MANIFEST_NAME, MARKER_NAME, CheckpointName, HandoverLayout
 from pixart_ds.log import Log
 from pixart_ds.plan.order import StepPlan
 from pixart_ds.plan.random import key_of, raw_words
@@ -96,10 +96,10 @@ class FakeRun:
         return saved
 
     def _save(self, name: CheckpointName, state: TrainState) -> CheckpointName:
-        folder = CheckpointLayout(self.layout.checkpoints / str(name))
-        folder.root.mkdir(parents=True)
-        files.write_json(folder.manifest, {"state": {"state": state.to_json(), "order": self.order.fingerprint}})
-        files.write_json(folder.marker, {"format": 1, "milestone": False})
+        folder = self.layout.checkpoints / str(name)
+        folder.mkdir(parents=True)
+        files.write_json(folder / MANIFEST_NAME, {"state": {"state": state.to_json(), "order": self.order.fingerprint}})
+        files.write_json(folder / MARKER_NAME, {"format": 1, "milestone": False})
         self.states[name] = TrainState.from_json(state.to_json())
         return name
 
