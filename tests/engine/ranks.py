@@ -95,6 +95,16 @@ def shelf_of(engine: Engine, layout: StageLayout, attempt: int, launch: int = 1,
     return Shelf(layout, attempt, launch, engine, engine.world, keep=keep)
 
 
+def train_and_average(engine: Engine, step: int) -> tuple[float, bool]:
+    """One step; whether its EMA is, bit by bit, what one process makes of the EMA before it and the weights after it."""
+    before = snapshot(engine)
+    loss, _ = train(engine, step)
+    after, weight = snapshot(engine), 1 - stage_of().optimizer.ema_decay
+    names = [name.removeprefix("ema/") for name in after if name.startswith("ema/")]
+    averages = {name: before[f"ema/{name}"].lerp_(after[f"master/{name}"], weight) for name in names}
+    return loss, all(torch.equal(after[f"ema/{name}"], average) for name, average in averages.items())
+
+
 def save(shelf: Shelf, images_seen: int, state: dict[str, Any], milestone: bool = False) -> CheckpointName:
     """A save that is waited for."""
     name = shelf.save(images_seen, state, milestone)
@@ -280,7 +290,8 @@ def second(world: World, root: str) -> dict[str, Any]:
                 "own_ranges_only": read[1] == 16 * own,
                 "clock": engine.clock(),
             }
-            got["more"] = [train(engine, step)[0] for step in range(STEPS + 2, STEPS + 2 + MORE)]
+            more = [train_and_average(engine, step) for step in range(STEPS + 2, STEPS + 2 + MORE)]
+            got["more"], got["average"] = [loss for loss, _ in more], all(exact for _, exact in more)
             got["end"] = same(snapshot(engine), load_file(f"{root}/end-{precision}-{origin}"))
     with pytest.raises(CheckpointError) as damaged:
         shelf_of(engine, StageLayout(Path(root) / "damaged"), attempt=3).resume()

@@ -184,6 +184,7 @@ def test_any_world_resumes_what_any_world_saved(
             assert got["weights"]
             assert got["fixed"]
             assert got["own_ranges_only"]
+            assert got["average"], "the EMA of a step is not exact"
             assert got["clock"] == saved["clock"]
             assert got["state"] == {"images_seen": 91, "note": "naïve"}
             off = max(abs(a - b) for a, b in zip(got["more"], saved["more"], strict=True))
