@@ -109,6 +109,7 @@ class OpenShard:
     def __init__(self, descriptor: int, index: ShardIndex, number: int, name: object) -> None:
         self._descriptor, self._index, self.name = descriptor, index, name
         self._heads = struct.Struct(f"<{sum(size is None for size in index.column_sizes)}I")
+        self._least = self._heads.size + sum(size or 0 for size in index.column_sizes)
         (count,) = struct.unpack("<I", os.pread(descriptor, 4, 0))
         self._offsets = np.frombuffer(os.pread(descriptor, 4 * (count + 1), 4), "<u4").tolist()
 
@@ -119,36 +120,43 @@ class OpenShard:
         return len(self._offsets) - 1
 
     def sizes(self, row: int) -> list[int]:
-        """Bytes of each column of a sample."""
+        """Bytes of each column of a sample. Where only one varies it follows from the sample's length, without a read."""
         if not 0 <= row < len(self):
             raise DataError(f"there is no row {row} among {len(self)}", where=self.name)
-        begin = self._offsets[row]
-        heads = iter(self._heads.unpack(os.pread(self._descriptor, self._heads.size, begin)))
-        sizes = [next(heads) if size is None else size for size in self._index.column_sizes]
-        length = self._offsets[row + 1] - begin
-        if self._heads.size + sum(sizes) != length:
+        begin, end = self._offsets[row : row + 2]
+        varying: tuple[int, ...] = (end - begin - self._least,)
+        if self._heads.size != 4 or varying[0] < 0:
+            varying = self._checked(row, os.pread(self._descriptor, self._heads.size, begin))
+        rest = iter(varying)
+        return [next(rest) if size is None else size for size in self._index.column_sizes]
+
+    def _checked(self, row: int, head: bytes | bytearray) -> tuple[int, ...]:
+        """What a sample's head says: the bytes of its columns that vary. Together with the others they are its length."""
+        varying, length = self._heads.unpack(head), self._offsets[row + 1] - self._offsets[row]
+        if self._least + sum(varying) != length:
             raise DataError(
-                f"row {row} has {length} bytes, its columns {self._heads.size + sum(sizes)}",
+                f"row {row} has {length} bytes, its columns {self._least + sum(varying)}",
                 where=self.name,
                 remedy=PREPARE_AGAIN,
             )
-        return sizes
+        return varying
 
-    def read_into(self, row: int, places: Sequence[memoryview | bytearray]) -> None:
-        """Reads a sample's columns, one into each place, of exactly the sizes that `sizes` gave, in one read."""
+    def read_into(self, row: int, places: Sequence[Any]) -> None:
+        """Reads a sample in one go: each column into a place of the size that `sizes` gave, and the head, to check them."""
+        head, (begin, end) = bytearray(self._heads.size), self._offsets[row : row + 2]
         try:
-            count = os.preadv(self._descriptor, places, self._offsets[row] + self._heads.size)
+            count = os.preadv(self._descriptor, [head, *places], begin)
         except OSError as cause:
             raise DataError(
                 f"row {row} cannot be read: {cause.strerror}", where=self.name, remedy="look after the disk"
             ) from cause
-        wanted = sum(len(place) for place in places)
-        if count != wanted:
-            raise DataError(f"row {row}: {count} bytes instead of {wanted}", where=self.name, remedy=PREPARE_AGAIN)
+        if count != end - begin:
+            raise DataError(f"row {row}: {count} bytes instead of {end - begin}", where=self.name, remedy=PREPARE_AGAIN)
+        self._checked(row, head)
 
-    def read(self, row: int) -> dict[str, memoryview]:
+    def read(self, row: int) -> dict[str, bytearray]:
         """The columns of one sample, by name."""
-        places = [memoryview(bytearray(size)) for size in self.sizes(row)]
+        places = [bytearray(size) for size in self.sizes(row)]
         self.read_into(row, places)
         return dict(zip(self._index.columns, places, strict=True))
 
@@ -218,8 +226,3 @@ class FolderSource:
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise DataError(f"{problems[0]}{more}", where=self.folder, remedy=PREPARE_AGAIN)
-
-
-def int_of(column: Any) -> int:
-    """The value of an `int` column."""
-    return int.from_bytes(column, "little", signed=True)

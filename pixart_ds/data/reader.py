@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pixart_ds.data.mds import OpenShard, int_of
+from pixart_ds.data.mds import OpenShard, ShardIndex
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.diffusion.noise import draw_all
 from pixart_ds.errors import DataError
@@ -96,21 +96,51 @@ def _bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class _Text:
-    """Where one sample's caption lies."""
+class _Rows:
+    """Where the captions, or the latents, of planned samples lie: an entry of each list for a sample.
 
-    shard: OpenShard
-    row: int
-    sizes: list[int]
-    tokens: int
+    Attributes:
+        index: Of their shards.
+        sets: Which set.
+        shards: Which shard.
+        rows: Which row of it.
+        parts: The part that this row group is.
+        sizes: Bytes of the row's columns.
+    """
+
+    index: ShardIndex
+    sets: list[int]
+    shards: list[OpenShard]
+    rows: list[int]
+    parts: list[int]
+    sizes: list[list[int]]
+
+    def of(self, column: str) -> list[int]:
+        """Bytes of one column in each row."""
+        at = self.index.columns.index(column)
+        return [sizes[at] for sizes in self.sizes]
+
+    def read(self, **places: Iterable[Any]) -> dict[str, npt.NDArray[np.uint8]]:
+        """Reads the rows, these columns into these places; returns the columns of fixed size, (n, bytes) each."""
+        sizes = zip(self.index.columns, self.index.column_sizes, strict=True)
+        fixed = {name: np.empty((len(self.rows), size), np.uint8) for name, size in sizes if size is not None}
+        known = {**fixed, **places}
+        columns = [known[name] if name in known else map(bytearray, self.of(name)) for name in self.index.columns]
+        for shard, row, *mine in zip(self.shards, self.rows, *columns, strict=True):
+            shard.read_into(row, mine)
+        stored = (_ints(fixed["row"]), _ints(fixed["part"]))
+        for shard, row, part, *found in zip(self.shards, self.rows, self.parts, *stored, strict=True):
+            if found != [row, part]:
+                raise DataError(
+                    f"row {row} says that it is row {found[0]} of part {found[1]} instead of row {row} of part {part}",
+                    where=shard.name,
+                    remedy="prepare the set again into a new folder",
+                )
+        return fixed
 
 
-@dataclass(frozen=True)
-class _Image:
-    """Which sample it was that was read, and the height and width of its picture."""
-
-    sample_id: int
-    original_size: tuple[int, int]
+def _ints(column: npt.NDArray[np.uint8]) -> list[int]:
+    return column.view("<i8")[:, 0].tolist()
 
 
 class Reader:
@@ -138,8 +168,11 @@ class Reader:
     ) -> None:
         self.sets, self.order, self.latents, self.stage, self.seed = sets, order, latents, stage, seed
         self.condition_dropout, self.captions = condition_dropout, captions
-        self._group_of_part = [{int(part): group for group, part in enumerate(prepared.parts)} for prepared in sets]
-        self._columns = {name: sets[0].index(name).columns for name in ("captions", latents)}
+        self._parts: list[list[int]] = [prepared.parts.tolist() for prepared in sets]
+        self._first_id = [
+            {part: order.sample_id(number, group, 0) for group, part in enumerate(parts)}
+            for number, parts in enumerate(self._parts)
+        ]
 
     def needs(self, plan: StepPlan) -> list[ShardKey]:
         """The shards of a micro-batch, each once, in the sequence in which they are needed."""
@@ -156,25 +189,22 @@ class Reader:
         info, bucket = about.latents[self.latents], int(plan.bucket[0])
         size = info.sizes[0 if info.square else bucket]
         count, shape = len(plan), (about.latent_channels, *size)
-        texts = self._texts(plan, shards)
-        lengths = tuple(max(1, text.tokens) for text in texts) if self.captions else ()
+        texts, images = (self._rows(plan, name, shards) for name in ("captions", self.latents))
+        tokens = self._tokens(texts)
+        lengths = tuple(max(1, each) for each in tokens) if self.captions else ()
         captions, moments, latents, noise = buffer.take(
             (torch.float16, (sum(lengths), about.caption_channels)),
             (torch.float16, (count, 2 * shape[0], *size)),
             (torch.float32, (count, *shape)),
             (torch.float32, (count, *shape)),
         )
-        labels = self._read_texts(texts, plan, captions)
-        images = [
-            self._read_latents(shards[key], row, key, place)
-            for key, row, place in zip(_places(plan, self.latents), plan.row.tolist(), moments, strict=True)
-        ]
-        ids, visits = [image.sample_id for image in images], plan.visit.tolist()
+        labels = self._read_texts(texts, tokens, lengths, captions)
+        ids, original_sizes = self._read_latents(images, moments)
+        visits = plan.visit.tolist()
         draws = draw_all(self.seed, self.stage, list(zip(ids, visits, strict=True)), shape, self.condition_dropout)  # type: ignore[arg-type]
-        for number, drawn in enumerate(draws):
-            latents[number] = torch.from_numpy(drawn.latent_noise)
-            noise[number] = torch.from_numpy(drawn.noise)
-        mean, std = moments.float().chunk(2, 1)
+        np.stack([each.latent_noise for each in draws], out=latents.numpy())
+        np.stack([each.noise for each in draws], out=noise.numpy())
+        mean, std = moments.chunk(2, 1)  # fp16, computed in fp32 beside the latents, without a copy of all
         latents.mul_(std).add_(mean).sub_(about.shift_factor).mul_(about.scaling_factor)
         digests = (sample_digest(i, v, d.timestep, d.noise_key) for i, v, d in zip(ids, visits, draws, strict=True))
         return MicroBatch(
@@ -187,85 +217,62 @@ class Reader:
             caption_lengths=lengths,
             dropped=torch.tensor([each.dropped for each in draws]),
             class_labels=torch.tensor(labels),
-            original_sizes=torch.tensor([image.original_size for image in images], dtype=torch.float32),
+            original_sizes=torch.from_numpy(original_sizes),
             aspect_ratios=torch.full((count,), 1.0 if info.square else about.ratios[bucket]),
             digest=sum(digests) % 2**64,
         )
 
-    def _texts(self, plan: StepPlan, shards: Mapping[ShardKey, OpenShard]) -> list[_Text]:
-        """Where each sample's caption lies, and how long it is."""
-        at = self._columns["captions"].index("caption_embeds")
+    def _rows(self, plan: StepPlan, name: str, shards: Mapping[ShardKey, OpenShard]) -> _Rows:
+        """Where the plan's samples lie."""
+        sets, groups, rows = plan.set_index.tolist(), plan.group.tolist(), plan.row.tolist()
+        mine = [shards[number, name, group] for number, group in zip(sets, groups, strict=True)]
+        parts = [self._parts[number][group] for number, group in zip(sets, groups, strict=True)]
+        sizes = [shard.sizes(row) for shard, row in zip(mine, rows, strict=True)]
+        return _Rows(self.sets[0].index(name), sets, mine, rows, parts, sizes)
+
+    def _tokens(self, texts: _Rows) -> list[int]:
+        """How long each caption is."""
         found = []
-        for key, row in zip(_places(plan, "captions"), plan.row.tolist(), strict=True):
-            about, sizes = self.sets[key[0]].description, shards[key].sizes(row)
-            tokens, rest = divmod(sizes[at], 2 * about.caption_channels)
+        for number, shard, row, size in zip(
+            texts.sets, texts.shards, texts.rows, texts.of("caption_embeds"), strict=True
+        ):
+            about = self.sets[number].description
+            tokens, rest = divmod(size, 2 * about.caption_channels)
             if rest or tokens > about.max_tokens:
                 raise DataError(
-                    f"row {row} has caption features of {sizes[at]} bytes: no more than {about.max_tokens} tokens of "
+                    f"row {row} has caption features of {size} bytes: no more than {about.max_tokens} tokens of "
                     f"{about.caption_channels} channels",
-                    where=shards[key].name,
+                    where=shard.name,
                 )
-            found.append(_Text(shards[key], row, sizes, tokens))
+            found.append(tokens)
         return found
 
-    def _read_texts(self, texts: Sequence[_Text], plan: StepPlan, captions: torch.Tensor) -> list[int]:
+    def _read_texts(
+        self, texts: _Rows, tokens: Sequence[int], lengths: Sequence[int], captions: torch.Tensor
+    ) -> list[int]:
         """Puts each caption's features in its place; returns the class labels."""
-        columns = self._columns["captions"]
-        at, start, labels = columns.index("caption_embeds"), 0, []
-        whole: Any = captions.view(torch.uint8).numpy().reshape(-1).data if self.captions else memoryview(b"")
-        for number, text in enumerate(texts):
-            mine = whole[start : start + text.sizes[at]] if self.captions else memoryview(bytearray(text.sizes[at]))
-            places = [mine if n == at else memoryview(bytearray(size)) for n, size in enumerate(text.sizes)]
-            if self.captions:
-                start += text.sizes[at]
-                if not text.tokens:
-                    width = 2 * captions.shape[1]
-                    whole[start : start + width] = bytes(width)
-                    start += width
-            text.shard.read_into(text.row, places)
-            values = dict(zip(columns, places, strict=True))
-            self._refuse_strangers(values, plan, number, text.shard)
-            labels.append(int_of(values["class_label"]))
-        return labels
+        if not self.captions:
+            return _ints(texts.read()["class_label"])
+        places = []
+        for place, count in zip(np.split(captions.numpy(), np.cumsum(lengths)[:-1]), tokens, strict=True):
+            place[count:] = 0  # where a caption has none
+            places.append(place[:count])
+        return _ints(texts.read(caption_embeds=places)["class_label"])
 
-    def _read_latents(self, shard: OpenShard, row: int, key: ShardKey, place: torch.Tensor) -> _Image:
-        """Puts one sample's mean and standard deviation in their place (2C, h, w)."""
-        columns, sizes = self._columns[self.latents], shard.sizes(row)
-        at, wanted = columns.index("latents"), place.numel() * place.element_size()
-        if sizes[at] != wanted:
-            raise DataError(f"row {row} has latents of {sizes[at]} bytes, its bucket {wanted}", where=shard.name)
-        mine: Any = place.view(torch.uint8).numpy().reshape(-1).data
-        places = [mine if n == at else memoryview(bytearray(size)) for n, size in enumerate(sizes)]
-        shard.read_into(row, places)
-        values = dict(zip(columns, places, strict=True))
-        stored = tuple(np.frombuffer(values["shape"], "<i4").tolist())
-        if stored != tuple(place.shape):
-            raise DataError(
-                f"row {row} has latents of shape {stored}, its bucket {tuple(place.shape)}", where=shard.name
-            )
-        part, stored_row = int_of(values["part"]), int_of(values["row"])
-        self._refuse_stranger(part, stored_row, key, row, shard)
-        height, width = np.frombuffer(values["original_size"], "<i4").tolist()
+    def _read_latents(self, images: _Rows, moments: torch.Tensor) -> tuple[list[int], npt.NDArray[np.float32]]:
+        """Puts each mean and standard deviation in its place (2C, h, w); returns ids and (n, 2) sizes of the pictures."""
+        shape, wanted = tuple(moments.shape[1:]), moments[0].nbytes
+        for shard, row, size in zip(images.shards, images.rows, images.of("latents"), strict=True):
+            if size != wanted:
+                raise DataError(f"row {row} has latents of {size} bytes, its bucket {wanted}", where=shard.name)
+        columns = images.read(latents=moments.numpy())
+        for shard, row, stored in zip(images.shards, images.rows, columns["shape"].view("<i4").tolist(), strict=True):
+            if tuple(stored) != shape:
+                raise DataError(f"row {row} has latents of shape {tuple(stored)}, its bucket {shape}", where=shard.name)
         # of what was read, not of what was planned
-        return _Image(self.order.sample_id(key[0], self._group_of_part[key[0]][part], stored_row), (height, width))
-
-    def _refuse_strangers(self, values: Mapping[str, Any], plan: StepPlan, number: int, shard: OpenShard) -> None:
-        key = (int(plan.set_index[number]), "captions", int(plan.group[number]))
-        self._refuse_stranger(int_of(values["part"]), int_of(values["row"]), key, int(plan.row[number]), shard)
-
-    def _refuse_stranger(self, part: int, stored_row: int, key: ShardKey, row: int, shard: OpenShard) -> None:
-        """A sample's own part and row must be those of the plan."""
-        planned = int(self.sets[key[0]].parts[key[2]])
-        if (part, stored_row) != (planned, row):
-            raise DataError(
-                f"row {row} says that it is row {stored_row} of part {part} instead of row {row} of part {planned}",
-                where=shard.name,
-                remedy="prepare the set again into a new folder",
-            )
-
-
-def _places(plan: StepPlan, name: str) -> list[ShardKey]:
-    return [(number, name, group) for number, group in zip(plan.set_index.tolist(), plan.group.tolist(), strict=True)]
+        read = zip(images.sets, _ints(columns["part"]), _ints(columns["row"]), strict=True)
+        ids = [self._first_id[number][part] + row for number, part, row in read]
+        return ids, columns["original_size"].view("<i4").astype(np.float32)
 
 
 def sample_digest(sample_id: int, visit: int, timestep: int, noise_key: int) -> int:

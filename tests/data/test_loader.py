@@ -15,11 +15,11 @@ import torch
 from pixart_ds.config.schema import SetConfig
 from pixart_ds.data.loader import Loader
 from pixart_ds.data.reader import MicroBatch, sample_digest
-from pixart_ds.data.shards import PreparedSet
+from pixart_ds.data.shards import PreparedSet, SetWriter
 from pixart_ds.diffusion.noise import draw
 from pixart_ds.errors import DataError
 from pixart_ds.plan.order import Order
-from tests.helpers.sets import BUCKET_SIZES, GROUPS, RATIOS, row, tiny_set
+from tests.helpers.sets import BUCKET_SIZES, GROUPS, RATIOS, description, finish, row, tiny_set
 
 BATCH = 12
 SAMPLES = sum(count for _, count in GROUPS)
@@ -212,20 +212,36 @@ def test_damage_is_named_and_never_delivered(tmp_path: Path, fault: str) -> None
     assert "part-0000" in str(caught.value)
 
 
-def test_rows_that_are_not_the_planned_ones_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("part-00002", r"says that it is row \d of part [02] instead of row \d of part [02]"),
+        ("part-00001", r"row \d has latents of \d+ bytes, its bucket \d+"),
+    ],
+)
+def test_rows_that_are_not_the_planned_ones_are_refused(tmp_path: Path, other: str, words: str) -> None:
     """Index and shards agree with each other, but not with the manifest: two parts changed places."""
     made = tiny_set(tmp_path)
     index = Path(made.path) / "latents-48-buckets/index.json"
     text = index.read_text()
-    for old, new in (("part-00000/", "part-x/"), ("part-00002/", "part-00000/"), ("part-x/", "part-00002/")):
+    for old, new in (("part-00000/", "part-x/"), (f"{other}/", "part-00000/"), ("part-x/", f"{other}/")):
         text = text.replace(old, new)
     shards = json.loads(text)
-    first, third = shards["shards"][0]["raw_data"], shards["shards"][2]["raw_data"]
+    first, second = shards["shards"][0]["raw_data"], shards["shards"][int(other[-1])]["raw_data"]
     for key in ("bytes", "hashes"):
-        first[key], third[key] = third[key], first[key]
+        first[key], second[key] = second[key], first[key]
     index.write_text(json.dumps(shards))
-    with pytest.raises(DataError, match=r"says that it is row \d of part [02] instead of row \d of part [02]"):
+    with pytest.raises(DataError, match=words):
         steps(PreparedSet.open(made.path), 5)
+
+
+def test_latents_of_another_shape_are_refused(tmp_path: Path) -> None:
+    """As many bytes as those of the bucket, but lying instead of standing."""
+    writer = SetWriter(tmp_path, description())
+    writer.write_group(0, 0, [row(number, 2) for number in range(8)])
+    finish(writer)
+    with pytest.raises(DataError, match=r"row \d has latents of shape \(8, 8, 4\), its bucket \(8, 4, 8\)"):
+        steps(PreparedSet.open(tmp_path), 1)
 
 
 def test_batches_move_to_a_device_whole(made: PreparedSet) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart_ds.data import store as store_module
+from pixart_ds import s3 as s3_module
 from pixart_ds.data.store import FolderStore, S3Store, open_store, upload_folder
 from pixart_ds.errors import EXIT_DATA, DataError
 from pixart_ds.s3 import StoreError
@@ -163,7 +163,7 @@ def test_an_endpoint_that_refuses_connections_may_come_back(
 def test_a_store_that_falls_silent_is_given_up_and_leaves_no_partial_file(
     own_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_READ_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(s3_module, "_READ_TIMEOUT_SECONDS", 0.5)
     own_server.put("own", "shard.mds", os.urandom(32 << 20))  # more than the buffers of a connection hold
     pieces = S3Store._pieces
 
