@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
         help="local: processes of this machine; srun: one task per GPU",
     )
     verb.add_argument("--processes", type=_positive, help="ranks of the local launcher (default: GPUs, or 2 on a CPU)")
+    verb.add_argument(
+        "--retries",
+        type=int,
+        default=3,
+        help="crashes in a row without a new checkpoint after which the ranks are started again (default: 3)",
+    )
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     _dry_run(verb)
 
@@ -371,7 +377,7 @@ def _change(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from pixart_ds.cluster.launchers import LocalLauncher, SrunLauncher
-    from pixart_ds.cluster.supervise import supervise
+    from pixart_ds.cluster.supervise import Timing, supervise
     from pixart_ds.config.freeze import create_run, open_run, override_execution, read_stage
     from pixart_ds.config.load import load_chain
     from pixart_ds.layout import RunLayout
@@ -400,7 +406,14 @@ def _train(options: argparse.Namespace) -> int:
         return EXIT_DONE
     layout = run.stage(stage.name)
     with ProgressBar(layout.attempts, stage.total_images, stage.name):
-        return supervise(run.root, stage.name, launcher=launcher, device=options.device, output=sys.stdout)
+        return supervise(
+            run.root,
+            stage.name,
+            launcher=launcher,
+            device=options.device,
+            timing=Timing(retries=options.retries),
+            deadlines=stage.execution.deadlines,
+        )
 
 
 def _default_processes(device: str) -> int:

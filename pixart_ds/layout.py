@@ -51,6 +51,11 @@ class StageLayout:
         return self.root / "changes.jsonl"
 
     @property
+    def skips(self) -> Path:
+        """The images that are left out because training went wrong there."""
+        return self.root / "skips.json"
+
+    @property
     def stop_request(self) -> Path:
         """A file that asks the stage to stop at the next step boundary."""
         return self.root / "stop"
@@ -71,6 +76,10 @@ class StageLayout:
     @property
     def previews(self) -> Path:
         return self.root / "previews"
+
+    def preview(self, images_seen: int) -> Path:
+        """The sheet that was drawn at a clock."""
+        return self.previews / f"img-{images_seen:012d}.png"
 
     @property
     def handover(self) -> Path:
@@ -146,6 +155,27 @@ class AttemptLayout:
     def start(self, launch: int) -> Path:
         """Which checkpoint and skips a launch started from; durable before its first step."""
         return self.root / f"start-l{launch:02d}.json"
+
+    def rolled_back(self, launch: int) -> Path:
+        """Rank 0's marker: training went wrong, and the next launch is to start from an earlier checkpoint; with the evidence."""
+        return self.root / f"rolled-back-l{launch:02d}.json"
+
+    @property
+    def refused(self) -> Path:
+        """A line for each step that all ranks refused: which samples had which losses."""
+        return self.root / "refused.jsonl"
+
+    @property
+    def pulses(self) -> Path:
+        """Folder of the ranks' own signs of life."""
+        return self.root / "ranks"
+
+    def pulse(self, rank: int) -> Path:
+        return self.pulses / f"{rank:05d}.json"
+
+    def hang(self, launch: int) -> Path:
+        """What was seen when ranks stopped moving."""
+        return self.root / f"hang-l{launch:02d}.json"
 
     def rank_log(self, launch: int, rank: int) -> Path:
         return self.root / f"rank-{rank:05d}-l{launch:02d}.txt"

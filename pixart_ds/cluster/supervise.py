@@ -1,4 +1,6 @@
-"""The supervisor: the one process of an allocation that starts the ranks, passes signals on, and writes how it ended."""
+"""The supervisor: the one process of an allocation that starts the ranks, again if they crash, passes signals on, and writes how it
+ended.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +9,69 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TextIO, cast
 
+from pixart_ds import files
 from pixart_ds.cluster.launchers import Launcher, LaunchRequest, Ranks
-from pixart_ds.errors import EXIT_DONE, EXIT_STOPPED
-from pixart_ds.layout import RunLayout
+from pixart_ds.cluster.relaunch import Ending, Launch, delay_before_next
+from pixart_ds.cluster.watch import Hang, PulseWatch
+from pixart_ds.config.schema import DeadlinesConfig
+from pixart_ds.engine import line
+from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED
+from pixart_ds.layout import RunLayout, StageLayout
 from pixart_ds.log import Log
 from pixart_ds.train.attempt import AttemptRecord
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _POLL_SECONDS = 0.1
-_PEERS_SECONDS = 20.0
-"""How long ranks may take to leave after one of them failed, before they are killed."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timing:
-    """How long a stop may take.
+    """How long things may take.
 
     Attributes:
-        hurry_grace_s: After a second request, seconds until the ranks are killed.
+        hurry_grace_s: After a second request to stop, seconds until the ranks are killed.
+        peers_s: How long ranks may take to leave after one of them failed, before they are killed.
+        stacks_s: How long ranks that hang may take to write their stacks.
+        walltime_margin_s: Before the allocation's end, when a stop is asked for.
+        backoff_s: Before the next launch after a crash; four times as long after each further one without progress.
+        retries: Crashes in a row without a new checkpoint that are followed by another launch.
     """
 
     hurry_grace_s: float = 30.0
+    peers_s: float = 10.0
+    stacks_s: float = 3.0
+    walltime_margin_s: float = 300.0
+    backoff_s: float = 1.0
+    retries: int = 3
 
 
 class _Requests:
-    """Stop signals that reached the supervisor, in their order."""
+    """What asks for a stop: signals that reached the supervisor, in their order, and the allocation's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, walltime_margin_s: float) -> None:
         self.names: list[str] = []
         self._earlier = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self._stop_at = float(end) - walltime_margin_s if end.isdigit() else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.names.append(signal.Signals(number).name)
+
+    def look(self) -> None:
+        """Notices that the walltime is near its end."""
+        if self._stop_at is not None and time.time() > self._stop_at:
+            self._stop_at = None
+            self.names.append("walltime")
+
+    @property
+    def first(self) -> str | None:
+        return self.names[0] if self.names else None
 
     def restore(self) -> None:
         for number, handler in self._earlier.items():
@@ -58,8 +86,9 @@ def supervise(
     device: str,
     output: TextIO = sys.stdout,
     timing: Timing | None = None,
+    deadlines: DeadlinesConfig | None = None,
 ) -> int:
-    """Runs one attempt at a stage.
+    """Runs one attempt at a stage: one or several launches of the ranks.
 
     Args:
         run: Folder of the run.
@@ -67,6 +96,8 @@ def supervise(
         launcher: Starts the ranks.
         device: cpu or cuda.
         output: Where rank 0's lines and the supervisor's own go.
+        timing: Of stops and relaunches.
+        deadlines: When a rank is taken for stuck.
 
     Returns:
         The exit code: 0 done, or requeued under Slurm; 75 stopped on request; 2 to 5 what a rank said of config, machine, data or
@@ -76,42 +107,156 @@ def supervise(
         ConfigError: A stop file lies there.
         MachineError: The stage runs already.
     """
-    log = Log(stage, output)
+    log, timing = Log(stage, output), timing or Timing()
     record = AttemptRecord.begin(RunLayout(run).stage(stage), device, log)
     if record is None:
         return EXIT_DONE
-    requests = _Requests()
+    requests = _Requests(timing.walltime_margin_s)
     try:
-        ranks = launcher.start(LaunchRequest(run, stage, record.attempt, 1, device), output)
-        record.ranks_started(ranks.world_size, f"supervisor, {launcher}")
-        _Watch(ranks, record, requests, timing or Timing()).until_all_left()
+        request = LaunchRequest(run, stage, record.attempt, 1, device)
+        attempt = _Attempt(launcher, request, record, requests, timing, deadlines or DeadlinesConfig(), log, output)
+        failure = attempt.run()
     finally:
         requests.restore()
-    outcome = record.end(requests.names[0] if requests.names else None, _failure(ranks))
+    outcome = record.end(requests.first, failure)
     if outcome["outcome"] == "stopped" and (job := os.environ.get("SLURM_JOB_ID")):
         return _requeue(job, log)
     return int(outcome["exit_code"])
 
 
-class _Watch:
-    """Waits for the ranks, passing requests on and keeping the heartbeat and the ledger fresh."""
+Failure = tuple[str, int]
+"""What went wrong, and an exit code that says of which kind it is."""
 
-    def __init__(self, ranks: Ranks, record: AttemptRecord, requests: _Requests, timing: Timing) -> None:
-        self.ranks, self.record, self.requests, self.timing = ranks, record, requests, timing
+
+@dataclass
+class _Attempt:
+    """The launches of one attempt."""
+
+    launcher: Launcher
+    request: LaunchRequest
+    record: AttemptRecord
+    requests: _Requests
+    timing: Timing
+    deadlines: DeadlinesConfig
+    log: Log
+    output: TextIO
+    crash: _Crash | None = None
+
+    def run(self) -> Failure | None:
+        """Starts the ranks until they are done, stopped, or not worth another start; what went wrong last, if anything."""
+        layout = RunLayout(self.request.run).stage(self.request.stage)
+        launches: list[Launch] = []
+        while True:
+            before = _images_committed(layout)
+            failure = self._launch()
+            number = self.request.launch
+            ending = cast("Ending", self.record.ending(number, failure))
+            self.record.ranks_left(number, ending, failure and failure[0])
+            asked, code = self.requests.first is not None, failure and failure[1]
+            launches.append(Launch(ending, asked, code, _images_committed(layout) > before))
+            delay = delay_before_next(launches, retries=self.timing.retries, backoff_s=self.timing.backoff_s)
+            if delay is None or number >= line.MAX_LAUNCHES or not self._wait(delay):
+                return failure if ending == "failed" else None
+            why = "" if failure is None else f": {failure[0].splitlines()[0]}"
+            self.log.event(f"launch {number} {ending}{why}; launch {number + 1} goes on after {delay:.0f} s")
+            self.request = LaunchRequest(
+                self.request.run, self.request.stage, self.request.attempt, number + 1, self.request.device
+            )
+
+    def _launch(self) -> Failure | None:
+        ranks = self.launcher.start(self.request, self.output)
+        self.record.ranks_started(ranks.world_size, f"supervisor, {self.launcher}", self.request.launch)
+        pulses = PulseWatch(self.request.attempt, self.request.launch, self.deadlines)
+        started = time.monotonic()
+        watch = _Watch(ranks, self.record, self.requests, self.timing, pulses)
+        hang = watch.until_all_left(lambda first_step: self._tell_recovery(started, first_step))
+        self.crash = _Crash(watch.failed_at, time.monotonic()) if watch.failed_at is not None else None
+        return _failure(ranks) if hang is None else self._told(hang)
+
+    def _tell_recovery(self, started: float, first_step: float) -> None:
+        """Says how long it took from a crash to the next step, and where the time went."""
+        if self.crash is None:
+            return
+        self.log.event(
+            f"trains again {first_step - self.crash.noticed:.1f} s after the crash was noticed: "
+            f"{self.crash.left - self.crash.noticed:.1f} s until all ranks had left, {started - self.crash.left:.1f} s pause, "
+            f"{first_step - started:.1f} s from the start to the end of a step"
+        )
+
+    def _told(self, hang: Hang) -> Failure:
+        """Keeps what was seen of ranks that hung; their stacks are in their logs."""
+        attempt, launch = self.request.attempt, self.request.launch
+        logs = {each["rank"]: str(attempt.rank_log(launch, each["rank"])) for each in hang.seen}
+        files.write_json(
+            attempt.hang(launch), {"what": hang.what, "culprits": hang.culprits, "seen": hang.seen, "stacks_in": logs}
+        )
+        return f"{hang.what}; the stacks of all threads are in the ranks' logs", EXIT_BUG
+
+    def _wait(self, seconds: float) -> bool:
+        """Waits, unless a stop is asked for meanwhile."""
+        until = time.monotonic() + seconds
+        while not self.requests.names and time.monotonic() < until:
+            self.requests.look()
+            self.record.keep()
+            time.sleep(min(_POLL_SECONDS, max(0.0, until - time.monotonic())))
+        return not self.requests.names
+
+
+@dataclass(frozen=True)
+class _Crash:
+    """When a crash was noticed, and when the last rank had left."""
+
+    noticed: float
+    left: float
+
+
+def _images_committed(layout: StageLayout) -> int:
+    """The clock of the newest committed checkpoint; 0 if there is none."""
+    names = line.committed(layout)
+    return names[-1].images_seen if names else 0
+
+
+class _Watch:
+    """Waits for the ranks, passing requests on and keeping the heartbeat and the ledger fresh; ends ranks that hang."""
+
+    def __init__(
+        self, ranks: Ranks, record: AttemptRecord, requests: _Requests, timing: Timing, pulses: PulseWatch
+    ) -> None:
+        self.ranks, self.record, self.requests, self.timing, self.pulses = ranks, record, requests, timing, pulses
         self._told = 0
         self._kill_at: float | None = None
+        self._hang: Hang | None = None
+        self.failed_at: float | None = None
 
-    def until_all_left(self) -> None:
+    def until_all_left(self, on_first_step: Callable[[float], None]) -> Hang | None:
+        """Waits; `on_first_step` hears when a step was first seen to have ended. Returns what made the ranks hang, if they did."""
+        stepped = False
         while self.ranks.alive():
             now = time.monotonic()
+            self.requests.look()
             self._pass_on(now)
-            if self.ranks.failed() and self._kill_at is None:
-                self.ranks.send(signal.SIGTERM)
-                self._kill_at = now + _PEERS_SECONDS
+            self._end_what_failed(now)
+            if not stepped and self.pulses.first_step_at is not None:
+                stepped = True
+                on_first_step(self.pulses.first_step_at)
             if self._kill_at is not None and now > self._kill_at:
                 self.ranks.send(signal.SIGKILL)
             self.record.keep()
             time.sleep(_POLL_SECONDS)
+        if self.failed_at is None and self.ranks.failed():
+            self.failed_at = time.monotonic()
+        return self._hang
+
+    def _end_what_failed(self, now: float) -> None:
+        """Asks the peers of a failed rank to leave, and ranks that hang for their stacks; after a grace they are killed."""
+        if self.failed_at is None and self.ranks.failed():
+            self.failed_at = now
+            self.ranks.send(signal.SIGTERM)
+            self._kill_at = self._kill_at or now + self.timing.peers_s
+        if self._hang is None and self.failed_at is None and (hang := self.pulses.look()) is not None:
+            self._hang, self.failed_at = hang, now
+            self.ranks.send(signal.SIGQUIT)
+            self._kill_at = now + self.timing.stacks_s
 
     def _pass_on(self, now: float) -> None:
         """Tells the ranks of new requests; the second one hurries them, and kills them after a grace."""

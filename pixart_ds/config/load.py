@@ -286,7 +286,7 @@ def read_frozen(kind: type[ConfigT], path: Path) -> ConfigT:
 
 
 IDENTITY_EXCLUDES: dict[str, Any] = {
-    **dict.fromkeys(("execution", "previews", "description", "paper_gpus", "paper_gpu_days"), True),
+    **dict.fromkeys(("execution", "guard", "previews", "description", "paper_gpus", "paper_gpu_days"), True),
     "checkpoint": {"every", "mean_time_between_failures_hours", "keep", "milestone_every"},
 }
 """Keys of a stage that may differ on resume: they follow from the world or the device, or change no weight."""

@@ -213,6 +213,19 @@ class CacheConfig(Section):
     """How long a store that does not answer is asked again before the stage ends with an error."""
 
 
+class DeadlinesConfig(Section):
+    """Seconds that a rank may spend in a phase before it is taken for stuck; the attempt then starts anew where it was saved."""
+
+    start: PositiveFloat = 1800.0
+    """From the process's start to the first step's end: imports, checkpoint, first shards, compilation."""
+    step: PositiveFloat = 600.0
+    save: PositiveFloat = 1800.0
+    """Waiting for a checkpoint to be committed, or handing over."""
+    preview: PositiveFloat = 3600.0
+    silence: PositiveFloat = 60.0
+    """Without any sign of life: a process that was stopped, or a host that is gone."""
+
+
 class ExecutionConfig(Section):
     """How a rank runs its share. It may change between attempts: the result does not depend on it but for rounding."""
 
@@ -228,6 +241,8 @@ class ExecutionConfig(Section):
     """Cross-attention over each caption's real tokens end to end, instead of padded captions under a mask."""
     cache: CacheConfig = CacheConfig()
     """Where the node keeps the shards that it reads."""
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    """When a rank is taken for stuck."""
     deepspeed: str = "zero2_v100_32gb"
     """Name of a file in ds_configs/ (without .json) or a path."""
 
@@ -261,9 +276,27 @@ class CheckpointConfig(Section):
         return self
 
 
-class PreviewConfig(Section):
-    """Pictures of held prompts after a stage."""
+class GuardConfig(Section):
+    """When a training that has gone wrong is sent back to an earlier checkpoint, and goes around the images where it did."""
 
+    consecutive_skips: PositiveInt = 40
+    """Steps refused in a row for a loss or gradient that is not finite; fp16's scale falls from 2¹⁶ to 1 in 17."""
+    spike_factor: PositiveFloat | None = 12.0
+    """A loss is too high above median + factor · 1.4826 · MAD of the last ones, and 1.5 times the median; null: never."""
+    spike_steps: PositiveInt = 5
+    """Steps in a row that are too high."""
+    history_steps: Annotated[int, Field(ge=10)] = 200
+    """Applied steps that the bound is taken from."""
+    rollbacks: Annotated[int, Field(ge=0)] = 3
+    """How often training is sent back within `rollback_steps`; then the stage ends with a report."""
+    rollback_steps: PositiveInt = 1000
+
+
+class PreviewConfig(Section):
+    """Pictures of held prompts (DiT: of classes), while a stage trains and after it."""
+
+    every: Duration | None = None
+    """Between sheets that the EMA draws while the stage trains; without it there are none before its end."""
     guidance_scale: Annotated[float, Field(ge=1)] = 4.5
     num_inference_steps: PositiveInt = 20
     scheduler: str = "DPMSolverMultistepScheduler"
@@ -296,6 +329,7 @@ class StageConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     execution: ExecutionConfig = ExecutionConfig()
     checkpoint: CheckpointConfig
+    guard: GuardConfig = GuardConfig()
     previews: PreviewConfig = PreviewConfig()
     paper_gpus: PositiveInt | None = None
     """V100s that the paper used for this stage (Table 4)."""

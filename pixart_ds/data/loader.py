@@ -101,6 +101,7 @@ class Loader:
         self._fetching: deque[_Job] = deque()  # jobs whose shards are on their way
         self._reading: deque[_Job] = deque()  # jobs that a reader has
         self._next = self._until = 0
+        self._left_out: Callable[[int], bool] = lambda images: False
         self._free = [Buffer(self.device.type == "cuda") for _ in range(ahead + 2)]
         self._lent: deque[tuple[Buffer, Any]] = deque()  # with the event after which a copy to the device is done
         self._to_read: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -114,10 +115,15 @@ class Loader:
     ) -> None:
         self.close()
 
-    def steps(self, after: int, until: int) -> Iterator[int]:
-        """`images_seen` before each step from `after` until `until`; take each step's `micro_batches` before the next."""
+    def steps(self, after: int, until: int, left_out: Callable[[int], bool] = lambda images: False) -> Iterator[int]:
+        """`images_seen` before each step from `after` until `until`; take each step's `micro_batches` before the next.
+
+        Args:
+            after, until: Clocks.
+            left_out: Whether a step is not trained: it is yielded too, but nothing is read for it.
+        """
         self._forget()
-        self._next, self._until = after, until
+        self._next, self._until, self._left_out = after, until, left_out
         for images_seen in range(after, until, self.global_batch_size):
             self._advance()
             yield images_seen
@@ -163,6 +169,9 @@ class Loader:
         )
 
     def _plan_step(self) -> None:
+        if self._left_out(self._next):
+            self._next += self.global_batch_size
+            return
         share = self.order.share(self._next, self.global_batch_size, self.rank, self.world_size)
         jobs = deque(_Job(plan, self._reader.needs(plan)) for plan in micro_batches(share, self.micro_batch_size))
         self._steps.append((self._next, jobs))

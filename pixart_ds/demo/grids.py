@@ -16,10 +16,12 @@ from pixart_ds.demo import judge
 from pixart_ds.demo.pictures import Scene
 from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.engine.weights import open_weights
-from pixart_ds.evaluate.generate import Wish, generate, load_net
-from pixart_ds.evaluate.grid import save_grid
+from pixart_ds.evaluate.net import load_net
 from pixart_ds.export.diffusers import sample_export
 from pixart_ds.layout import RunLayout
+from pixart_ds.sampling.generate import generate
+from pixart_ds.sampling.grid import save_grid
+from pixart_ds.train.previews import held_wishes
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def draw_sheet(
     stage = read_stage(run, name)
     prepared = PreparedSet.open(data)
     vae = KLEncoder(prepared.description.vae, device)
-    wishes, captions = _wishes(stage, prepared, vae.downsampling_factor)
+    wishes, captions = held_wishes(stage, prepared)
     previews = stage.previews
     pictures = generate(
         load_net(open_weights(run.stage(name).handover), device),
@@ -62,28 +64,6 @@ def draw_sheet(
     shown = None if right is None else right[:count]
     save_grid(pictures[:count], captions[:count], path, title=f"{name}: {stage.description}", right=shown)
     return Sheet(path, score)
-
-
-def _wishes(stage: StageConfig, prepared: PreparedSet, factor: int) -> tuple[list[Wish], list[str]]:
-    """Every held prompt, or every class twice; in the sizes of the stage's buckets, the likeliest ones most often."""
-    about = prepared.description
-    if stage.model.kind == "dit":
-        classes = [name for name in about.classes for _ in range(2)]
-        size = _sizes(stage, prepared, factor)[0]
-        return [Wish(about.classes.index(name), size, number) for number, name in enumerate(classes)], classes
-    sizes = _sizes(stage, prepared, factor)
-    wishes = [Wish(embeds, sizes[number % len(sizes)], number) for number, (_, embeds) in enumerate(prepared.prompts)]
-    return wishes, [text for text, _ in prepared.prompts]
-
-
-def _sizes(stage: StageConfig, prepared: PreparedSet, factor: int) -> list[tuple[int, int]]:
-    """The stage's sizes in pixels, those of partitions with most rows first."""
-    info = prepared.description.latents[stage.data.latents]
-    if info.square:
-        return [(info.sizes[0][0] * factor, info.sizes[0][1] * factor)]
-    rows = np.bincount(prepared.partitions, weights=prepared.counts, minlength=len(info.sizes))
-    ranked = sorted(range(len(info.sizes)), key=lambda number: -rows[number])
-    return [(info.sizes[n][0] * factor, info.sizes[n][1] * factor) for n in ranked if rows[n]]
 
 
 def _judged(

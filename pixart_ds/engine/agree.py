@@ -1,10 +1,10 @@
-"""How the ranks come to one decision: a small all-reduce after each step, and words that all ranks hear together."""
+"""How the ranks come to one decision: a small all-gather after each step, and words that all ranks hear together."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ class Votes:
         digest: Sum modulo 2⁶⁴ over what was delivered to it.
         samples: Samples of its share.
         sums: Sums over its samples, by name; every rank gives the same names.
+        each: Figures of this rank alone, by name; every rank gives the same names.
     """
 
     stop: bool = False
@@ -38,6 +39,7 @@ class Votes:
     digest: int = 0
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    each: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Agreement:
         digest: Sum modulo 2⁶⁴ of the ranks' digests, exact.
         samples: Samples of the step.
         sums: Sums over all ranks, by name.
+        each: What each rank gave, by name and rank.
     """
 
     stop: bool
@@ -59,14 +62,23 @@ class Agreement:
     digest: int
     samples: int
     sums: dict[str, float]
+    each: dict[str, list[float]] = field(default_factory=dict)
 
 
 def agree(world: World, votes: Votes) -> Agreement:
-    """Adds up the votes of all ranks, in one all-reduce of a few numbers, so that all take the same branch."""
-    names = sorted(votes.sums)
-    numbers = pack(votes, names).to(world.device)
-    dist.all_reduce(numbers)
-    return unpack(numbers.cpu(), names)
+    """Brings the votes of all ranks together, in one all-gather of a few numbers, so that all take the same branch.
+
+    Every rank adds them up itself, in the sequence of the ranks: all come to the same bits.
+    """
+    names, own = sorted(votes.sums), sorted(votes.each)
+    alone = torch.tensor([votes.each[name] for name in own], dtype=torch.float64)
+    mine = torch.cat([pack(votes, names), alone]).to(world.device)
+    gathered = mine.new_empty(world.size * len(mine))
+    dist.all_gather_into_tensor(gathered, mine)
+    columns = gathered.view(world.size, -1).T.tolist()  # one for each number, by rank
+    added = len(columns) - len(own)
+    total = torch.tensor([sum(column) for column in columns[:added]], dtype=torch.float64)
+    return replace(unpack(total, names), each=dict(zip(own, columns[added:], strict=True)))
 
 
 def pack(votes: Votes, names: list[str]) -> torch.Tensor:

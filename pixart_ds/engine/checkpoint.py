@@ -278,6 +278,7 @@ def commit(storage: Storage, ranks: Iterable[FileRecord], manifest: Mapping[str,
         "milestone": manifest["milestone"],
         "files": {entry.name: entry.to_json() for entry in records},
     }
+    storage.sync()
     with _one_writer(storage):
         storage.write(MARKER_NAME, lambda: [files.json_bytes(marker)], new=True)
 

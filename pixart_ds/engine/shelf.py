@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,14 @@ from pixart_ds.engine.agree import on_first, together
 from pixart_ds.engine.checkpoint import Reader, commit, manifest_of, require_room, write_rank
 from pixart_ds.engine.deepspeed import Engine
 from pixart_ds.engine.shards import SHARD_KEYS
-from pixart_ds.engine.storage import storage_of
+from pixart_ds.engine.storage import Storage, read, storage_of
 from pixart_ds.engine.tensors import FileRecord, TensorSpec
 from pixart_ds.engine.world import World
 from pixart_ds.errors import CheckpointError
-from pixart_ds.layout import MARKER_NAME, CheckpointName, StageLayout
+from pixart_ds.layout import MANIFEST_NAME, CheckpointName, StageLayout
+
+Good = Callable[[int, dict[str, Any]], bool]
+"""(images seen, the caller's state) of a checkpoint → whether training may go on from it."""
 
 _ROOM_BYTES = 1 << 20
 """For the manifest, the marker and the file system's own books."""
@@ -79,7 +83,7 @@ class HostCopy:
         self.engine = engine
         pinned = engine.world.device.type == "cuda"
         count = len(engine.layout.own(engine.world.rank))
-        # filled at once: else the first save would wait for the kernel to find the pages
+        # filled at once: else the first copy would wait for the kernel to find the pages
         self.shards = {key: torch.empty(count, pin_memory=pinned).fill_(0) for key in SHARD_KEYS}
         self.fixed: dict[str, torch.Tensor] = {}
 
@@ -141,10 +145,26 @@ class Shelf:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     @staticmethod
-    def newest_of(layout: StageLayout, attempt: int, launch: int, world: World) -> CheckpointName | None:
-        """The last committed checkpoint of the line that a launch goes on from, or None. Rank 0 looks for all."""
-        name = on_first(world, lambda: _text(lines.newest(layout, (attempt, launch))))
-        return None if name is None else CheckpointName.parse(name)
+    def candidates(
+        layout: StageLayout, attempt: int, launch: int, world: World, good: Good = lambda images_seen, state: True
+    ) -> list[CheckpointName]:
+        """The committed checkpoints of the line that a launch may go on from, the newest first. Rank 0 looks for all.
+
+        Args:
+            layout, attempt, launch: Whose.
+            world: The ranks.
+            good: Whether a checkpoint's clock and state are acceptable, as long as its manifest can be read.
+
+        Raises:
+            CheckpointError: A line was lost.
+        """
+
+        def look() -> list[str]:
+            lines.newest(layout, (attempt, launch))  # raises where a line was lost
+            names = reversed(lines.line(layout, (attempt, launch)))
+            return [str(name) for name in names if _is_good(storage_of(layout).sub(str(name)), name, good)]
+
+        return [name for text in on_first(world, look) if (name := CheckpointName.parse(text)) is not None]
 
     def line(self) -> list[CheckpointName]:
         """The committed checkpoints of the line that ends in this launch, oldest first. No collective."""
@@ -152,12 +172,15 @@ class Shelf:
 
     # ---- resuming --------------------------------------------------------------------------------------------------
 
-    def resume(self, check: Callable[[Reader], None] | None = None) -> Resumed | None:
+    def resume(
+        self, names: Sequence[CheckpointName] | None = None, check: Callable[[Reader], None] | None = None
+    ) -> Resumed | None:
         """Restores the engine from the newest checkpoint of the line that is whole, bit by bit, at whatever world.
 
         Each rank reads its own ranges only, after the ranks together have compared all checksums.
 
         Args:
+            names: Which to try, in their sequence; all of the line by default.
             check: Raises what speaks against going on from a checkpoint that is whole.
 
         Returns:
@@ -166,18 +189,18 @@ class Shelf:
         Raises:
             CheckpointError: None is whole, or the newest that is belongs to another net; on all ranks together.
         """
-        names = on_first(self.world, self._names_to_try)
+        if names is None:
+            names = self.candidates(self.layout, *self._number, self.world)
         damaged: list[str] = []
         for name in names:
             try:
-                reader = self._whole(name)
+                reader = self._whole(str(name))
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue
             self._load(reader, check)
-            self._origin = CheckpointName.parse(name)
-            assert self._origin is not None
-            return Resumed(self._origin, reader.state, damaged)
+            self._origin = name
+            return Resumed(name, reader.state, damaged)
         if damaged:
             raise CheckpointError(
                 "no checkpoint of the stage is whole:\n" + "\n".join(damaged),
@@ -185,10 +208,6 @@ class Shelf:
                 remedy="put the files of one of them back, or start a new run",
             )
         return None
-
-    def _names_to_try(self) -> list[str]:
-        lines.newest(self.layout, self._number)  # raises where a line was lost
-        return [str(name) for name in reversed(self.line())]
 
     def _whole(self, name: str) -> Reader:
         """A checkpoint after all its files were read once, each rank some of them; an error of one is heard by all."""
@@ -217,6 +236,8 @@ class Shelf:
         Args:
             state: The caller's clock and skips, as JSON.
         """
+        if self._copy is None:
+            self._copy = HostCopy(self.engine)  # its pages are touched now, not when the first save stops training
         on_first(self.world, lambda: lines.write_start(self.layout, lines.Start(self._number, self._origin, state)))
 
     # ---- saving ----------------------------------------------------------------------------------------------------
@@ -231,7 +252,7 @@ class Shelf:
 
         Raises:
             MachineError: The disk is too small; on all ranks together.
-            CheckpointError: A later attempt has taken the stage over, or this checkpoint is there already.
+            CheckpointError: A later attempt has taken the stage over.
         """
         began = time.monotonic()
         self.wait()
@@ -257,7 +278,7 @@ class Shelf:
 
         Raises:
             MachineError: A rank could not write, or rank 0 not commit; on all ranks together. The save is given up.
-            CheckpointError: Another job has taken the stage over.
+            CheckpointError: Another job has taken the stage over, or writes the same checkpoint.
         """
         save, self._pending = self._pending, None
         if save is None:
@@ -280,11 +301,9 @@ class Shelf:
             self.settle()
 
     def _make_room(self, name: CheckpointName) -> None:
-        """Refuses before anything is written, where it could not end well."""
+        """Refuses before anything is written, where it could not end well. Training waits: no store is asked, nothing is synced."""
         storage = self.storage.sub(str(name))
         self._refuse_if_overtaken()
-        if storage.size(MARKER_NAME) is not None:
-            raise CheckpointError(f"the checkpoint {name} is there already", where=storage.where)
         storage.make()
         fixed = sum(TensorSpec.of(each, tensor).num_bytes for each, tensor in self.engine.fixed().items())
         needed = 4 * len(SHARD_KEYS) * self.engine.layout.count + fixed + _ROOM_BYTES
@@ -318,6 +337,15 @@ class Shelf:
         seconds = time.monotonic() - save.began
         lines.delete_expendable(self.layout, self._number, self.keep)
         return seconds
+
+
+def _is_good(storage: Storage, name: CheckpointName, good: Good) -> bool:
+    """What cannot be read is left to `resume`, which says so."""
+    try:
+        state = json.loads(read(storage, MANIFEST_NAME))["state"]
+    except (ValueError, KeyError, FileNotFoundError):
+        return True
+    return good(name.images_seen, state)
 
 
 def _done() -> Future[Any]:

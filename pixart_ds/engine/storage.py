@@ -46,7 +46,11 @@ class Storage(Protocol):
         ...
 
     def make(self) -> None:
-        """Makes the folder durably, where folders are made."""
+        """Makes the folder, where folders are made."""
+        ...
+
+    def sync(self) -> None:
+        """Makes the folder itself durable."""
         ...
 
     def folders(self) -> list[str]:
@@ -142,6 +146,9 @@ class FolderStorage:
     def make(self) -> None:
         with self._errors("make the folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
+
+    def sync(self) -> None:
+        with self._errors("sync the folder"):
             files.sync_folder(self.folder.parent)
 
     def folders(self) -> list[str]:
@@ -223,6 +230,9 @@ class S3Storage:
 
     def make(self) -> None:
         """A prefix needs no making."""
+
+    def sync(self) -> None:
+        """Nor syncing."""
 
     def folders(self) -> list[str]:
         return [key.rstrip("/") for key in self._list(delimiter="/")[0]]

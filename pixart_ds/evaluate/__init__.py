@@ -1,1 +1,1 @@
-"""Pictures from weights, and how they are shown."""
+"""Pictures from weights, wherever these lie."""

@@ -16,9 +16,10 @@ from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.encoders.text import T5Encoder
 from pixart_ds.engine.weights import Weights, open_weights
 from pixart_ds.errors import ConfigError
-from pixart_ds.evaluate.generate import Wish, generate, load_net
-from pixart_ds.evaluate.grid import save_grid
+from pixart_ds.evaluate.net import load_net
 from pixart_ds.plan.buckets import PAPER_RATIOS, nearest, paper_sizes
+from pixart_ds.sampling.generate import Wish, generate
+from pixart_ds.sampling.grid import save_grid
 
 
 @dataclass(frozen=True)

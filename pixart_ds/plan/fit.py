@@ -187,22 +187,30 @@ _SAME_MEMORY = 0.05
 """Part by which the memory that CUDA reports may differ from the table's."""
 
 
-def gpu_named(cuda_name: str, memory_bytes: int) -> str:
-    """The table's name of a GPU: `Tesla V100-SXM2-32GB` with 31.7 GiB is v100-32gb.
+def known_gpu(cuda_name: str, memory_bytes: int) -> str | None:
+    """The table's name of a GPU: `Tesla V100-SXM2-32GB` with 31.7 GiB is v100-32gb; None for one that it does not have.
 
     Args:
         cuda_name: As CUDA gives it.
         memory_bytes: All of its memory. A slice of a GPU (MIG) has less and is not in the table.
-
-    Raises:
-        ConfigError: The table does not have it; the message lists those it has.
     """
-    gpus = rate_table().estimate.gpus
-    for name, gpu in gpus.items():
+    for name, gpu in rate_table().estimate.gpus.items():
         family = name.split("-")[0]
         named = re.search(rf"(?<![a-z0-9]){family}(?![a-z0-9])", cuda_name.lower())
         if named and abs(memory_bytes / GIB / gpu.memory_gib - 1) <= _SAME_MEMORY:
             return name
+    return None
+
+
+def gpu_named(cuda_name: str, memory_bytes: int) -> str:
+    """`known_gpu` of one on which a plan depends.
+
+    Raises:
+        ConfigError: The table does not have it; the message lists those it has.
+    """
+    if (name := known_gpu(cuda_name, memory_bytes)) is not None:
+        return name
+    gpus = rate_table().estimate.gpus
     raise ConfigError(
         f"execution leaves numbers to auto, but the table has no GPU like this one: {cuda_name}, {memory_bytes / GIB:.1f} GiB",
         where="pixart_ds/rates.yaml, estimate.gpus: " + ", ".join(gpus),

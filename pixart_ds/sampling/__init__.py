@@ -1,1 +1,1 @@
-"""From noise to latents: classifier-free guidance over any of diffusers' schedulers."""
+"""From noise to pictures: classifier-free guidance over any of diffusers' schedulers, and sheets of what is made."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def sample(
     guidance_scale: float,
     num_inference_steps: int,
     scheduler: str = "DPMSolverMultistepScheduler",
+    between: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Scaled latents (n, C, h, w) in fp32.
 
@@ -38,6 +39,7 @@ def sample(
         guidance_scale: ε = ε_null + scale · (ε_own - ε_null), for all channels; 1 leaves the unconditional half out.
         num_inference_steps: Steps of the scheduler.
         scheduler: Class name of a diffusers scheduler.
+        between: Called before each step; what it raises ends the sampling.
     """
     solver = make_scheduler(scheduler)
     parameter = next(net.parameters())
@@ -52,6 +54,8 @@ def sample(
         both = {name: torch.cat(_same_length(null_conditions[name], own)) for name, own in conditions.items()}
     more = {"generator": generators} if "generator" in inspect.signature(solver.step).parameters else {}
     for timestep in solver.timesteps:
+        if between is not None:
+            between()
         scaled = solver.scale_model_input(latents, timestep)
         doubled = torch.cat([scaled, scaled]) if guided else scaled
         epsilon = net(doubled, timestep.expand(len(doubled)), **both).float()[:, :channels]

@@ -48,10 +48,15 @@ class AttemptRecord:
     def __init__(self, layout: StageLayout, attempt: AttemptLayout, device: str, images_before: int, log: Log) -> None:
         self.attempt = attempt
         self._layout, self._device, self._images_before, self._log = layout, device, images_before, log
-        self._began = time.time()
+        self._began, self._began_here = time.time(), time.monotonic()
         self._next_beat = 0.0
         self._entry: Entry | None = None
         self._world_size = 0
+        self.launches: list[dict[str, Any]] = []
+
+    def _now(self) -> float:
+        """Unix seconds that never run back, whatever happens to the clock on the wall."""
+        return self._began + time.monotonic() - self._began_here
 
     @classmethod
     def begin(cls, layout: StageLayout, device: str, log: Log) -> AttemptRecord | None:
@@ -75,15 +80,28 @@ class AttemptRecord:
         _beat(record.attempt)
         return record
 
-    def ranks_started(self, world_size: int, launcher: str) -> None:
-        """Writes where and with what the attempt runs, and opens its entry in the ledger; devices count from `begin` on."""
-        files.write_json(self.attempt.env, environment(world_size, self._device, launcher))
+    def ranks_started(self, world_size: int, launcher: str, launch: int = 1) -> None:
+        """Writes where and with what the attempt runs, and opens the launch's entry in the ledger.
+
+        Devices count from `begin` on, or from the end of the launch before.
+        """
+        if launch == 1:
+            files.write_json(self.attempt.env, environment(world_size, self._device, launcher))
         self._world_size = world_size
+        started = self._began if self._entry is None else self._entry.until
+        before = self._images_before if self._entry is None else self._entry.images_to
         entry = Entry.start(
-            *(self._layout.root.name, self.attempt.number, 1, self._device),
-            *(world_size, self._began, self._images_before),
+            *(self._layout.root.name, self.attempt.number, launch, self._device), *(world_size, started, before)
         )
         self._entry = open_entry(self.attempt, entry)
+
+    def ranks_left(self, launch: int, ending: str, cause: str | None) -> None:
+        """Closes a launch's entry, and remembers for `outcome.json` how it ended."""
+        assert self._entry is not None
+        self._entry = self._entry.ended_as(ending, self._now(), _last_metrics(self.attempt))
+        update_entry(self.attempt, self._entry)
+        told = {"launch": launch, "world_size": self._world_size, "ending": ending, "cause": cause}
+        self.launches.append({**told, "started": _iso(self._entry.started), "ended": _iso(self._entry.until)})
 
     def keep(self) -> None:
         """Keeps heartbeat and ledger fresh; call it as often as you like."""
@@ -92,7 +110,7 @@ class AttemptRecord:
         if now > self._next_beat:
             self._next_beat = now + _BEAT_SECONDS
             _beat(self.attempt)
-            self._entry = self._entry.still_running(time.time(), _last_metrics(self.attempt))
+            self._entry = self._entry.still_running(self._now(), _last_metrics(self.attempt))
             update_entry(self.attempt, self._entry)
 
     @contextmanager
@@ -126,10 +144,11 @@ class AttemptRecord:
         """
         assert self._entry is not None
         outcome = self._judge(asked, failure)
-        now = time.time()
-        update_entry(self.attempt, self._entry.ended_as(outcome["outcome"], now, _last_metrics(self.attempt)))
+        now = self._now()
+        if self._entry.outcome == "running":
+            update_entry(self.attempt, self._entry.ended_as(outcome["outcome"], now, _last_metrics(self.attempt)))
         outcome |= {"started": _iso(self._began), "ended": _iso(now)}
-        outcome |= {"world_size": self._world_size, "device": self._device}
+        outcome |= {"world_size": self._world_size, "device": self._device, "launches": self.launches}
         files.write_json(self.attempt.outcome, outcome)
         because = f" ({outcome['cause']})" if outcome["cause"] else ""
         self._log.event(f"attempt {self.attempt.number}: {outcome['outcome']}{because}")
@@ -141,10 +160,26 @@ class AttemptRecord:
         if self.attempt.stopped.exists():
             reason = asked or files.read_json(self.attempt.stopped)["reason"]
             return {"outcome": "stopped", "cause": reason, "exit_code": EXIT_STOPPED}
+        if (back := self._rolled_back()) is not None and failure is None:
+            return {"outcome": "failed", "cause": f"sent back: {back}; start it again", "exit_code": EXIT_STOPPED}
         cause, code = failure or ("the ranks left without a word: neither done nor stopped", EXIT_BUG)
         if asked:
             return {"outcome": "failed", "cause": f"asked to stop ({asked}), but {cause}", "exit_code": EXIT_STOPPED}
         return {"outcome": "failed", "cause": cause, "exit_code": code if code in _TELLING else EXIT_BUG}
+
+    def _rolled_back(self) -> str | None:
+        """Why the guard sent the last launch back, if it did."""
+        launch = 1 if self._entry is None else self._entry.launch
+        path = self.attempt.rolled_back(launch)
+        return str(files.read_json(path)["reason"]) if path.exists() else None
+
+    def ending(self, launch: int, failure: tuple[str, int] | None) -> str:
+        """How a launch ended, from the ranks' markers."""
+        if self._layout.done.exists():
+            return "done"
+        if self.attempt.stopped.exists():
+            return "stopped"
+        return "rolled back" if failure is None and self.attempt.rolled_back(launch).exists() else "failed"
 
 
 def refuse_others(layout: StageLayout) -> None:

@@ -36,6 +36,7 @@ from pixart_ds.train.audit_line import (
 from pixart_ds.train.replay import Coverage, Outcome, Replay, explain
 from pixart_ds.train.replay_pool import recompute
 from pixart_ds.train.sets import open_sets, order_of
+from pixart_ds.train.skips import read_windows
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _eras(layout: StageLayout, history: History, now: _Era) -> list[_Era]:
         if eras and eras[-1].replay is era.replay:
             first = eras.pop().first
         eras.append(replace(era, first=first, last=last))
-    return eras or [now]
+    skips = tuple(sorted({window for segment in history.segments for window in segment.skips}))
+    return [replace(era, replay=replace(era.replay, skips=skips)) for era in eras] or [now]
 
 
 def _order_within(history: History, segment: Segment) -> str | None:
@@ -154,7 +156,7 @@ def audit_stage(stage: _Stage, part: Part, processes: int) -> dict[str, Any]:
     """One stage's answer as JSON."""
     batch, history = stage.config.global_batch_size, stage.history
     followed = follow(history, stage.logs, batch)
-    violation = _other_data(stage) or _wrong_length(stage)
+    violation = _other_data(stage) or _wrong_length(stage) or _unrecorded(stage)
     outcome, seconds, first, last = Outcome(Coverage(0)), 0.0, 1, 0
     if violation is None:
         clocks = check_clocks(followed.steps, history.marks, batch)
@@ -181,7 +183,8 @@ def audit_stage(stage: _Stage, part: Part, processes: int) -> dict[str, Any]:
         "attempts": _attempts(stage, followed),
         "rework": {"steps": sum(followed.rework.values()), "images": sum(followed.rework.values()) * batch},
         "open_steps": followed.open,
-        "skipped_steps": sum(not step.applied for step in followed.steps),
+        "skipped_steps": sum(not step.applied and not step.left_out for step in followed.steps),
+        "left_out_steps": sum(step.left_out for step in followed.steps),
         "order": now.fingerprint,
         "orders": [
             {"from_step": era.first, "to_step": era.last, "order": era.replay.order.fingerprint} for era in stage.eras
@@ -238,6 +241,18 @@ def _wrong_length(stage: _Stage) -> Violation | None:
             return _clock(mark, f"{mark.name} is at {mark.images_seen} images, which are no whole steps of {batch}")
         if stage.history.done and mark.path == stage.layout.done and mark.images_seen != total:
             return _clock(mark, f"the stage is said to be done at {mark.images_seen} images; its length is {total}")
+    return None
+
+
+def _unrecorded(stage: _Stage) -> Violation | None:
+    """Whether a launch left images out of which the stage's own record says nothing."""
+    recorded = read_windows(stage.layout)
+    for segment in stage.history.segments:
+        for window in segment.skips:
+            if window not in recorded:
+                what = f"the launch left out {window}, which {stage.layout.skips.name} does not record"
+                where = str(stage.layout.attempt(segment.launch[0]).start(segment.launch[1]))
+                return Violation("left out", None, what, where, "put both files back", *segment.launch)
     return None
 
 

@@ -19,6 +19,8 @@ from pixart_ds.engine.line import LaunchNumber, Start
 from pixart_ds.engine.storage import read, storage_of
 from pixart_ds.errors import CheckpointError
 from pixart_ds.layout import MANIFEST_NAME, MARKER_NAME, AttemptLayout, HandoverLayout, StageLayout
+from pixart_ds.train.skips import Window
+from pixart_ds.train.state import windows_of
 
 _PUT_BACK = "put the log back as it was, from a copy of the run; without it the step cannot be proven"
 
@@ -36,6 +38,7 @@ class Logged:
     samples: int
     applied: bool
     digest: int
+    left_out: bool = False
 
     @property
     def where(self) -> str:
@@ -54,12 +57,16 @@ class Log:
 
 @dataclass(frozen=True)
 class Segment:
-    """The steps of one launch that count: images in (after, upto]; trained on the data in this order, where its start file says."""
+    """The steps of one launch that count: images in (after, upto].
+
+    Its start file says in which order of the data they come, and which of them are left out.
+    """
 
     launch: LaunchNumber
     after: int
     upto: int
     order: str | None = None
+    skips: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,8 @@ def read_log(attempt: AttemptLayout) -> Log:
 
 def _parse(values: Mapping[str, Any], log: Log, row: int) -> Logged:
     world, digest, applied = values.get("world_size"), int(values["digest"], 16), values["applied"]
-    if not 0 <= digest < 2**64 or not isinstance(applied, bool):
+    left_out = values.get("left_out", False)
+    if not 0 <= digest < 2**64 or not isinstance(applied, bool) or not isinstance(left_out, bool):
         raise ValueError("no line that the meter wrote")
     return Logged(
         path=log.path,
@@ -156,6 +164,7 @@ def _parse(values: Mapping[str, Any], log: Log, row: int) -> Logged:
         samples=index(values["samples"]),
         applied=applied,
         digest=digest,
+        left_out=left_out,
     )
 
 
@@ -202,7 +211,7 @@ def segments_of(
             return segments[::-1], number
         after = 0 if start.origin is None else start.origin.images_seen
         if after < end:
-            segments.append(Segment(number, after, end, start.state.get("order")))
+            segments.append(Segment(number, after, end, start.state.get("order"), windows_of(start.state)))
             end = after
         number = None if start.origin is None else (start.origin.attempt, start.origin.launch)
     return segments[::-1], None
@@ -339,6 +348,8 @@ def _follow_segment(
         assert found is not None
         if found.samples != batch:
             return _wrong_count(found, segment, batch)
+        if (wrong := _wrongly_left_out(found, segment, batch)) is not None:
+            return wrong
         followed.steps.append(found)
     for late in own[count:]:
         if late.attempt != attempt or late.images_seen <= segment.upto:
@@ -373,6 +384,20 @@ def _hint(clock: int, log: Log, logs: Sequence[Log]) -> str:
     if log.unreadable:
         hints.append(f"; line {log.unreadable[0]} of the file cannot be read")
     return "".join(hints)
+
+
+def _wrongly_left_out(found: Logged, segment: Segment, batch: int) -> Violation | None:
+    """A step is left out if, and only if, the launch had recorded so before it began."""
+    before, step = found.images_seen - batch, found.images_seen // batch
+    recorded = any(window.holds(before) for window in segment.skips)
+    if found.left_out == recorded:
+        return None
+    if found.left_out:
+        what = f"step {step} was left out, and no window that was recorded before says so"
+    else:
+        what = f"step {step} was trained, though it was recorded as left out"
+    remedy = "if log or start file were changed, put them back; if not, train again from a checkpoint before this step"
+    return Violation("left out", step, what, found.where, remedy, *segment.launch)
 
 
 def _wrong_count(found: Logged, segment: Segment, batch: int) -> Violation:

@@ -31,6 +31,8 @@ def _block(stage: dict[str, Any]) -> str:
         rows.append(("open", f"{_count(stage['open_steps'], 'step')} after the newest checkpoint, not looked at"))
     if skipped := stage["skipped_steps"]:
         rows.append(("skipped", f"{_count(skipped, 'step')} not applied; their samples count as used"))
+    if left_out := stage["left_out_steps"]:
+        rows.append(("left out", f"{_count(left_out, 'step')} where training had gone wrong, as recorded"))
     if proven["steps"]:
         rows.append(("speed", f"{si(stage['samples_per_second'])} samples/s recomputed"))
     if violation is not None:

@@ -60,6 +60,11 @@ class Pace:
     def due(self) -> bool:
         return self._clock() - self._last >= self.interval_s
 
+    @property
+    def stall_s(self) -> float | None:
+        """Seconds for which training stood still for the last checkpoint that was committed."""
+        return None if self._committed is None else round(self._committed.stall_s, 4)
+
     def begun(self) -> None:
         """A save has begun now."""
         self._last = self._clock()

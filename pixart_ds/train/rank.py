@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from pixart_ds.errors import EXIT_BUG, EXIT_DONE, PixArtError
 from pixart_ds.layout import AttemptLayout, StageLayout
 from pixart_ds.log import Log
 from pixart_ds.train.attempt import AttemptRecord
+from pixart_ds.train.pulse import Pulse
 from pixart_ds.train.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -54,19 +56,24 @@ def _run(options: argparse.Namespace, stop: StopFlag) -> int:
     stage = override_execution(read_stage(run, options.stage), options.sets)
     layout = run.stage(stage.name)
     stop.watch(layout.stop_request)
+    faulthandler.register(signal.SIGQUIT)  # the supervisor asks a rank that hangs for its stacks
+    attempt = None if options.attempt is None else layout.attempt(options.attempt)
+    pulse = None if attempt is None else Pulse(attempt, options.launch, given.rank).start()
     world = join_world(options.device, environment=given)
 
     def train(attempt: AttemptLayout) -> None:
-        from pixart_ds.train.loop import Job, fit
+        from pixart_ds.train.loop import fit
+        from pixart_ds.train.training import Job
 
         first = world.rank == 0
         log = Log(stage.name, sys.stdout if first else None, attempt.log if first else None)
-        fit(Job(run, stage, attempt, options.launch), world, stop, log)
+        living = pulse or Pulse(attempt, options.launch, world.rank).start()
+        fit(Job(run, stage, attempt, options.launch, living), world, stop, log)
         leave_world()
 
-    if options.attempt is None:
+    if attempt is None:
         return _own_attempt(layout, world, given, stop, train)
-    train(layout.attempt(options.attempt))
+    train(attempt)
     return EXIT_DONE
 
 

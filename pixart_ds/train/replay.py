@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pixart_ds.plan.order import Order, StepPlan
 from pixart_ds.plan.random import Words, key_of, uniform
+from pixart_ds.train.skips import Window
 
 Ints = npt.NDArray[np.int64]
 
@@ -28,6 +29,9 @@ _NEIGHBOURS = 8
 _HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)  # Salmon et al. 2011, Philox4x64
 _BUMPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+
+LEFT_OUT = 0
+"""Logged in place of the digest of a step that was passed over."""
 
 
 def philox_words(key: tuple[int, int], sample_ids: Ints, visits: Ints, purpose: int) -> tuple[Words, Words]:
@@ -97,6 +101,7 @@ class Replay:
         stage, seed: Key of the samples' draws.
         condition_dropout: Probability of the null condition.
         batch: Samples of a step.
+        skips: Images that are left out: their samples count as used, their steps' digests are `LEFT_OUT`.
     """
 
     order: Order
@@ -104,6 +109,7 @@ class Replay:
     seed: int
     condition_dropout: float
     batch: int
+    skips: tuple[Window, ...] = ()
 
     def plan(self, step: int) -> StepPlan:
         """The samples of a step."""
@@ -126,7 +132,11 @@ class Replay:
             count = min(size, last + 1 - begin)
             plan = StepPlan.join([self.plan(step) for step in range(begin, begin + count)])
             starts = np.arange(count) * self.batch
-            yield begin, plan, np.add.reduceat(self.draw(plan).hashes, starts)
+            digests = np.add.reduceat(self.draw(plan).hashes, starts)
+            passed = [
+                any(window.holds((begin + step - 1) * self.batch) for window in self.skips) for step in range(count)
+            ]
+            yield begin, plan, np.where(passed, np.uint64(LEFT_OUT), digests)
 
 
 class Coverage:

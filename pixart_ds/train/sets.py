@@ -26,6 +26,8 @@ def open_sets(stage: StageConfig) -> list[PreparedSet]:
             first, other = getattr(sets[0].description, key), getattr(prepared.description, key)
             if first != other:
                 problems.append(f"{config.path}: {key} {other} differs from that of {stage.data.sets[0].path}, {first}")
+    if stage.previews.every is not None and stage.model.kind == "pixart" and not sets[0].prompts:
+        problems.append(f"{stage.data.sets[0].path}: there are no held prompts, which previews.every needs")
     if problems:
         raise ConfigError(
             f"the data of {stage.name} do not fit its recipe:\n" + "\n".join(f"  - {line}" for line in problems),

@@ -9,11 +9,11 @@ from pixart_ds.config.freeze import read_stage
 from pixart_ds.engine import line
 from pixart_ds.errors import ConfigError
 from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
-from pixart_ds.log import si
+from pixart_ds.log import duration, si
 
 
 def run_status(run: RunLayout) -> list[dict[str, Any]]:
-    """One row for each stage: state, images, attempts, the newest checkpoint, the last loss."""
+    """One row for each stage: state, images, attempts, the newest checkpoint, the last loss, the time left at the last pace."""
     return [_row(run, name) for name in files.read_json(run.manifest, error=ConfigError)["stages"]]
 
 
@@ -37,6 +37,8 @@ def _row(run: RunLayout, name: str) -> dict[str, Any]:
         "outcomes": outcomes,
         "checkpoint": _newest(layout),
         "loss": last.get("loss"),
+        "seconds_left": None if state == "done" else last.get("seconds_left"),
+        "chain_seconds_left": None if state == "done" else last.get("chain_seconds_left"),
     }
 
 
@@ -54,11 +56,11 @@ def _last_metrics(attempts: list[AttemptLayout]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for people."""
-    lines = [f"{'stage':<14}{'state':<18}{'images':>20}{'attempts':>10}{'loss':>9}  newest checkpoint"]
+    lines = [f"{'stage':<14}{'state':<18}{'images':>20}{'attempts':>10}{'loss':>9}{'left':>14}  newest checkpoint"]
     for row in rows:
         images = f"{si(row['images_seen'])} of {si(row['total_images'])}"
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-        lines.append(
-            f"{row['stage']:<14}{row['state']:<18}{images:>20}{row['attempts']:>10}{loss:>9}  {row['checkpoint'] or '-'}"
-        )
+        left = "-" if row["seconds_left"] is None else duration(row["seconds_left"])
+        numbers = f"{images:>20}{row['attempts']:>10}{loss:>9}{left:>14}"
+        lines.append(f"{row['stage']:<14}{row['state']:<18}{numbers}  {row['checkpoint'] or '-'}")
     return "\n".join(lines)

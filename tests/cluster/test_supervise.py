@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from pixart_ds.cluster import supervise as module
 from pixart_ds.cluster.launchers import LocalLauncher
 from pixart_ds.cluster.supervise import Timing, supervise
+from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.errors import ConfigError, MachineError
 from pixart_ds.layout import RunLayout, StageLayout
 from pixart_ds.ledger.book import read_book
@@ -60,6 +60,7 @@ def go(
     if after is not None:
         threading.Thread(target=send, daemon=True).start()
     launcher = LocalLauncher(processes, extra=("--script", script), command=FAKE)
+    more.setdefault("timing", Timing(retries=0))
     code = supervise(stage.root.parent, "stage1", launcher=launcher, device="cpu", output=output, **more)
     return code, output.getvalue()
 
@@ -122,7 +123,13 @@ def test_asked_to_stop_but_nothing_saved_is_a_failure_that_may_start_again(tmp_p
 
 def test_a_second_signal_hurries_and_then_kills(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
-    code, _ = go(stage, "ignore", after=0.5, signals=(signal.SIGTERM, signal.SIGTERM), timing=Timing(hurry_grace_s=0.3))
+    code, _ = go(
+        stage,
+        "ignore",
+        after=0.5,
+        signals=(signal.SIGTERM, signal.SIGTERM),
+        timing=Timing(hurry_grace_s=0.3, retries=0),
+    )
     assert code == 75
     assert "SIGKILL" in outcome(stage)["cause"]
 
@@ -141,10 +148,67 @@ def test_a_failing_rank_ends_the_attempt_with_its_last_words(tmp_path: Path, scr
     assert script == "killed" or "the set is damaged" in said["cause"]
 
 
-def test_peers_that_do_not_leave_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PEERS_SECONDS", 0.3)
+def test_peers_that_do_not_leave_are_killed(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
-    assert go(stage, "ignore,exit-4")[0] == 4
+    assert go(stage, "ignore,exit-4", timing=Timing(peers_s=0.3))[0] == 4
+
+
+def test_a_crash_is_followed_by_another_launch_in_the_same_attempt(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    code, text = go(stage, "leave-when-asked-once,killed-once", timing=Timing(peers_s=5, backoff_s=0.1))
+    assert code == 0
+    said = outcome(stage)
+    assert [(each["launch"], each["ending"]) for each in said["launches"]] == [(1, "failed"), (2, "done")]
+    assert "rank 1 was killed by SIGKILL" in said["launches"][0]["cause"]
+    assert "launch 1 failed: rank 1 was killed by SIGKILL:; launch 2 goes on after 0 s" in text
+    first, second = read_book(stage.root.parent)["stage1"]
+    assert (first.outcome, second.outcome) == ("failed", "done")
+    assert first.until == second.started, "no second of the devices is lost between them"
+
+
+def test_crashes_without_progress_end_the_attempt_with_the_last_cause(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    code, text = go(stage, "leave-when-asked,exit-70", timing=Timing(backoff_s=0.01, retries=2))
+    assert code == 70
+    assert len(outcome(stage)["launches"]) == 3
+    assert "the set is damaged" in outcome(stage)["cause"]
+    assert text.count("goes on after") == 2
+
+
+def test_a_roll_back_is_followed_at_once(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    code, text = go(stage, "roll-back-once")
+    assert code == 0
+    assert [each["ending"] for each in outcome(stage)["launches"]] == ["rolled back", "done"]
+    assert "launch 1 rolled back; launch 2 goes on" in text
+
+
+def test_a_stop_while_the_next_launch_is_waited_for_ends_the_attempt(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    code, _ = go(stage, "killed", after=1.0, timing=Timing(backoff_s=60))
+    assert code == 75
+    assert "asked to stop (SIGTERM), but rank 0 was killed by SIGKILL" in outcome(stage)["cause"]
+
+
+def test_near_the_end_of_the_walltime_a_stop_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = a_run(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3))
+    code, _ = go(stage, "save-when-asked", timing=Timing(walltime_margin_s=2))
+    assert (code, outcome(stage)["cause"]) == (75, "walltime")
+
+
+def test_a_rank_that_hangs_is_named_and_all_are_started_again(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    deadlines = DeadlinesConfig(silence=2, step=60, start=60)
+    timing = Timing(backoff_s=0.1, stacks_s=0.5)
+    code, text = go(stage, "go-on-once,hang-once", timing=timing, deadlines=deadlines)
+    assert code == 0
+    assert "launch 1 failed: rank 1 on" in text
+    assert "has given no sign of life for" in text
+    hang = json.loads(stage.attempt(1).hang(1).read_text())
+    assert [each["rank"] for each in hang["culprits"]] == [1]
+    assert "go-on-once" in stage.attempt(1).rank_log(1, 0).read_text()
+    assert "Current thread" in stage.attempt(1).rank_log(1, 1).read_text(), "its stack"
 
 
 def test_a_stop_file_from_before_is_refused(tmp_path: Path) -> None:

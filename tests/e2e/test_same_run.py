@@ -59,18 +59,21 @@ def create(run: Path, data: Path, *more: str) -> StageLayout:
     return RunLayout(run).stage("stage1")
 
 
-def start(run: Path, processes: int) -> subprocess.Popen[str]:
+def start(run: Path, processes: int, stage: str = "stage1", *more: str, retries: int = 0) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
         "pixart_ds",
         "train",
         str(run),
-        "stage1",
+        stage,
         "--device",
         "cpu",
         "--processes",
         str(processes),
+        "--retries",
+        str(retries),
+        *more,
     ]
     return subprocess.Popen(
         command,

@@ -191,6 +191,7 @@ def _agreed(world: World) -> dict[str, Any]:
         digest=2**64 - 1 - world.rank,
         samples=world.rank,
         sums={"b": 0.5, "a": world.rank},
+        each={"wait": 2.0 * world.rank},
     )
     return vars(agree(world, votes))
 

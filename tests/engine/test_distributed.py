@@ -154,6 +154,7 @@ def test_the_ranks_agree(firsts: dict[int, list[Any]]) -> None:
             "digest": digest,
             "samples": whole,
             "sums": {"a": whole, "b": size / 2},
+            "each": {"wait": [2.0 * rank for rank in range(size)]},
         }
         assert [result["agreed"] for result in firsts[size]] == [wanted] * size
 

@@ -13,10 +13,10 @@ import torch
 from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.encoders.text import T5Encoder
 from pixart_ds.errors import CheckpointError, ConfigError
-from pixart_ds.evaluate.generate import Wish, generate
 from pixart_ds.export.diffusers import export_pipeline, sample_export, transformer_of
 from pixart_ds.model import build
 from pixart_ds.model.names import from_diffusers, to_diffusers
+from pixart_ds.sampling.generate import Wish, generate
 from tests.model.test_nets import SIZES, inputs, randomised, small, small_dit
 
 ENCODERS = Path(__file__).resolve().parents[2] / "pixart_ds/demo/encoders"

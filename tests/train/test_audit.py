@@ -26,6 +26,7 @@ from pixart_ds.log import Log
 from pixart_ds.plan.order import StepPlan
 from pixart_ds.plan.random import key_of, raw_words
 from pixart_ds.plan.shares import micro_batches
+from pixart_ds.plan.work import Work
 from pixart_ds.train import replay as replays
 from pixart_ds.train import replay_pool
 from pixart_ds.train.audit import Part, audit_run, show_step
@@ -85,11 +86,15 @@ class FakeRun:
         saved = []
         with Meter(folder, self.config, Log("s", None), active=True, world_size=world, launch=launch) as meter:
             while state.images_seen < upto * BATCH:
+                if state.leaves_out(state.images_seen):
+                    state.advance(BATCH, applied=False)
+                    meter.left_out(state)
+                    continue
                 digest = self.digest(state.images_seen, world)
                 step = state.images_seen // BATCH + 1
                 state.advance(BATCH, step not in skips)
                 row = {**FIGURES, "applied": step not in skips}
-                meter.record(state, row, samples=BATCH, digest=digest)
+                meter.record(state, row, Work(BATCH), digest=digest)
                 if step in saves:
                     meter.sync_audit()
                     saved.append(self._save(CheckpointName(state.images_seen, attempt, launch), state))

@@ -11,10 +11,9 @@ from PIL import Image
 
 from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.errors import ConfigError
-from pixart_ds.evaluate.command import parse_size
-from pixart_ds.evaluate.generate import Wish, conditions, generate
-from pixart_ds.evaluate.grid import save_grid
 from pixart_ds.model import build
+from pixart_ds.sampling.generate import Wish, conditions, generate
+from pixart_ds.sampling.grid import save_grid
 from tests.model.test_nets import randomised, small, small_dit
 
 VAE = str(Path(__file__).resolve().parents[2] / "pixart_ds/demo/encoders/vae")
@@ -51,9 +50,6 @@ def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="a picture of 30x32 pixels cannot be made") as caught:
         generate(net, vae, [Wish(features(1), (30, 32), 0)], null_embeds=features(1), **OPTIONS)
     assert "multiples of 8" in str(caught.value)
-    assert parse_size("512x768") == (512, 768)
-    with pytest.raises(ConfigError, match="not HxW"):
-        parse_size("512")
 
 
 def test_grid_shows_every_picture_and_colours_the_verdicts(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def save_grid(
     columns: int = 6,
     cell: int = 176,
     right: Sequence[bool | None] | None = None,
-) -> None:
-    """Writes a PNG: pictures of any aspect ratio enlarged into equal cells, captions wrapped beneath.
+) -> npt.NDArray[np.uint8]:
+    """Writes a PNG, and returns it as (H, W, 3): pictures of any aspect ratio enlarged into equal cells, captions wrapped beneath.
 
     Args:
         pictures: (H, W, 3) uint8; small ones are enlarged without smoothing.
@@ -70,3 +70,4 @@ def save_grid(
     sheet.save(buffer, "PNG", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_durable(path, [buffer.getvalue()])
+    return np.asarray(sheet)

@@ -1,0 +1,107 @@
+"""Finds ranks that have stopped moving, from their signs of life, and names those that the others wait for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pixart_ds.config.schema import DeadlinesConfig
+from pixart_ds.layout import AttemptLayout
+from pixart_ds.train.pulse import read_pulses
+
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Ranks that no longer move.
+
+    Attributes:
+        what: Which ranks, where, in which phase, for how long.
+        culprits: Their last signs of life.
+        seen: Those of all ranks.
+    """
+
+    what: str
+    culprits: list[dict[str, Any]]
+    seen: list[dict[str, Any]]
+
+
+class PulseWatch:
+    """Watches the ranks of one launch.
+
+    Only counters and durations that each host measured itself are compared, so clocks may differ or jump.
+
+    Args:
+        attempt, launch: Whose.
+        deadlines: What is too long.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        attempt: AttemptLayout,
+        launch: int,
+        deadlines: DeadlinesConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._attempt, self._launch, self._deadlines, self._clock = attempt, launch, deadlines, clock
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._next_look = clock()
+        self._first_step_at: float | None = None
+
+    @property
+    def first_step_at(self) -> float | None:
+        """When a rank was first seen to have ended a step."""
+        return self._first_step_at
+
+    def look(self) -> Hang | None:
+        """What is wrong, if anything; cheap when called often."""
+        now = self._clock()
+        if now < self._next_look:
+            return None
+        self._next_look = now + _LOOK_SECONDS
+        pulses = read_pulses(self._attempt, self._launch)
+        for each in pulses:
+            if self._beats.get(each["rank"], (-1, 0.0))[0] != each["beat"]:
+                self._beats[each["rank"]] = (each["beat"], now)
+            each["silent_s"] = now - self._beats[each["rank"]][1]
+        if self._first_step_at is None and any(each["images_seen"] is not None for each in pulses):
+            self._first_step_at = now
+        return self._judge(pulses)
+
+    def _judge(self, pulses: list[dict[str, Any]]) -> Hang | None:
+        silent = [each for each in pulses if each["silent_s"] > self._deadlines.silence]
+        if silent and (len(silent) < len(pulses) or len(pulses) == 1):  # all of many: the file system, not the ranks
+            said = [
+                f"{_name(each)} has given no sign of life for {each['silent_s']:.0f} s, {_place(each)}"
+                for each in silent
+            ]
+            return Hang("; ".join(said), silent, pulses)
+        late = [
+            each for each in pulses if each["for_s"] + each["silent_s"] > getattr(self._deadlines, each["deadline"])
+        ]
+        if not late:
+            return None
+        alone = [each for each in pulses if each["phase"] != "together"]
+        clocks = [each["images_seen"] or 0 for each in alone]
+        culprits = [each for each in alone if (each["images_seen"] or 0) == min(clocks)] or late
+        said = [
+            f"{_name(each)} has not moved for {each['for_s'] + each['silent_s']:.0f} s, {_place(each)}"
+            for each in culprits
+        ]
+        why = "" if alone else ": all ranks wait for each other, which a broken network or GPU does"
+        return Hang("; ".join(said) + why, culprits, pulses)
+
+
+def _name(pulse: dict[str, Any]) -> str:
+    return f"rank {pulse['rank']} on {pulse['host']} (pid {pulse['pid']})"
+
+
+def _place(pulse: dict[str, Any]) -> str:
+    clock = pulse["images_seen"]
+    return f"in the phase {pulse['phase']!r} " + (
+        "before its first step" if clock is None else f"after {clock:,} images"
+    )

@@ -1,0 +1,132 @@
+"""A rank's signs of life: where it is, and for how long, in a small file that a thread rewrites. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pixart_ds import files
+from pixart_ds.layout import AttemptLayout
+
+Phase = Literal["start", "data", "compute", "together", "save", "preview"]
+"""What a rank is at: `together` is waiting for the other ranks, in a collective."""
+
+_OWN = ("data", "compute")
+_DEADLINE: dict[str, str] = {"save": "save", "preview": "preview"}
+
+
+class Pulse:
+    """Writes `ranks/NNNNN.json` of an attempt every few seconds, in a thread: also while the rank waits in a collective.
+
+    Args:
+        attempt, launch: Whose.
+        rank: Which.
+        every_s: Seconds between two signs.
+    """
+
+    def __init__(self, attempt: AttemptLayout, launch: int, rank: int, every_s: float = 2.0) -> None:
+        self._path, self._every_s = attempt.pulse(rank), every_s
+        self._about = {"rank": rank, "launch": launch, "host": socket.gethostname(), "pid": os.getpid()}
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._beats = 0
+        self._phase: Phase = "start"
+        self._since = time.monotonic()
+        self._images_seen: int | None = None
+        self._stepped = False
+        self._own_s = 0.0
+        self._mean_own_s: float | None = None
+        self._thread = threading.Thread(target=self._beat_on, name="pulse", daemon=True)
+
+    def start(self) -> Pulse:
+        """Begins to write."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Writes once more, and no more."""
+        self._over.set()
+        self._thread.join()
+
+    def enter(self, phase: Phase) -> None:
+        """Says what comes now."""
+        now = time.monotonic()
+        with self._lock:
+            if self._phase in _OWN:
+                self._own_s += now - self._since
+            self._phase, self._since = phase, now
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """`enter`, and back to what was before."""
+        before = self._phase
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def stepped(self, images_seen: int) -> None:
+        """A step has ended at this clock."""
+        with self._lock:
+            mean, own = self._mean_own_s, self._own_s
+            if self._stepped:  # the first one is unlike the others
+                self._mean_own_s = own if mean is None else 0.9 * mean + 0.1 * own
+            self._own_s, self._images_seen, self._stepped = 0.0, images_seen, True
+
+    def _state(self) -> dict[str, Any]:
+        with self._lock:
+            self._beats += 1
+            return {
+                **self._about,
+                "beat": self._beats,
+                "phase": self._phase,
+                "for_s": round(time.monotonic() - self._since, 3),
+                "deadline": _DEADLINE.get(self._phase, "step" if self._stepped else "start"),
+                "images_seen": self._images_seen,
+                "own_s": None if self._mean_own_s is None else round(self._mean_own_s, 4),
+            }
+
+    def _beat_on(self) -> None:
+        over = False
+        while True:
+            temporary = files.temporary_name(self._path)
+            try:
+                temporary.write_text(json.dumps(self._state()), encoding="utf-8")
+                os.replace(temporary, self._path)
+            except OSError:  # a full disk ends the attempt where something is lost by it, not here
+                temporary.unlink(missing_ok=True)
+            if over:
+                return
+            over = self._over.wait(self._every_s)
+
+
+def read_pulses(attempt: AttemptLayout, launch: int) -> list[dict[str, Any]]:
+    """The newest sign of life of each rank of a launch, by rank."""
+    if not attempt.pulses.is_dir():
+        return []
+    found = []
+    for path in sorted(attempt.pulses.glob("*.json")):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, FileNotFoundError):  # seen in the moment of a rename on some network file systems
+            continue
+        if values["launch"] == launch:
+            found.append(values)
+    return found
+
+
+def slow_ranks(pulses: list[dict[str, Any]], factor: float = 1.3) -> list[dict[str, Any]]:
+    """The ranks whose own part of a step takes `factor` times the median, slowest first: the others wait for them."""
+    known = sorted((each for each in pulses if each["own_s"] is not None), key=lambda each: float(each["own_s"]))
+    if len(known) < 2:
+        return []
+    median = known[(len(known) - 1) // 2]["own_s"]
+    return [each for each in reversed(known) if each["own_s"] > factor * median]

@@ -1,0 +1,140 @@
+"""Previews while a stage trains: at their interval, in TensorBoard, without a trace in what is trained, and stopped when asked."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixart_ds import files
+from pixart_ds.engine.handover import read_handover
+from pixart_ds.layout import RunLayout, StageLayout
+from tests.e2e.test_demo import ROOT, call
+from tests.e2e.test_same_run import start, wait_for
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS = ["a red circle", "a blue square", "a green triangle", "nothing", "two things"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pixart_ds.demo.pictures import write_pictures
+
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder / "pictures", 60, seed=1)
+    encoders = ROOT / "pixart_ds/demo/encoders"
+    sets = {"source": folder / "pictures", "output": folder / "set", "vae": encoders / "vae"}
+    sets |= {"text_encoder": encoders / "text", "prompts": PROMPTS}
+    words = (word for key, value in sets.items() for word in ("--set", f"{key}={value}"))
+    answer = call("prepare", "smoke/prepare", *words)
+    assert answer.returncode == 0, answer.stderr
+    return folder / "set"
+
+
+def create(run: Path, data: Path, *more: str) -> RunLayout:
+    overrides = [f"*.data.sets=[{{path: {data}}}]", "stage2.init={source: scratch}", "stage2.data.latents=40-buckets"]
+    words = (word for each in (*overrides, *more) for word in ("--set", each))
+    answer = call("create", run, "--chain", "smoke/chain", *words)
+    assert answer.returncode == 0, answer.stderr
+    return RunLayout(run)
+
+
+def trained(run: RunLayout, stage: str) -> StageLayout:
+    answer = call("train", run.root, stage, "--device", "cpu", "--processes", "2")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return run.stage(stage)
+
+
+def rows_of(stage: StageLayout) -> list[dict[str, Any]]:
+    return list(files.read_json_lines(stage.attempt(1).metrics))
+
+
+def test_they_appear_at_their_interval_and_change_nothing(data: Path, tmp_path: Path) -> None:
+    with_them = trained(create(tmp_path / "on", data, "stage2.previews.every.steps=4"), "stage2")
+    without = trained(create(tmp_path / "off", data), "stage2")
+    assert [path.name for path in sorted(with_them.previews.iterdir())] == [
+        f"img-{images:012d}.png" for images in (128, 256, 384)
+    ]
+    assert not without.previews.exists()
+    log = with_them.attempt(1).log.read_text()
+    assert log.count("images: 5 pictures in ") == 3
+    keys = ("loss", "mse", "vlb", "grad_norm", "learning_rate", "loss_t0_250")
+    on, off = ([[row[key] for key in keys] for row in rows_of(stage)] for stage in (with_them, without))
+    assert on == off
+    digests = [[row["digest"] for row in files.read_json_lines(s.attempt(1).audit)] for s in (with_them, without)]
+    assert digests[0] == digests[1]
+    ends = [read_handover(stage.handover, "ema").state for stage in (with_them, without)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    check_events(with_them)
+    check_rows(rows_of(with_them))
+
+
+def check_events(stage: StageLayout) -> None:
+    """TensorBoard's own reader finds scalars, pictures and hparams."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(stage.attempt(1).tensorboard), size_guidance={"images": 0, "scalars": 0}).Reload()
+    images = events.Images("previews/ema")
+    assert [image.step for image in images] == [128, 256, 384]
+    sheet = np.asarray(Image.open(stage.preview(384)))
+    assert (images[-1].height, images[-1].width) == sheet.shape[:2]
+    scalars = events.Tags()["scalars"]
+    names = ("loss", "loss_t0_250", "grad_norm", "images_per_second", "data_wait_s", "skipped_steps", "memory_bytes")
+    assert {f"train/{name}" for name in names} <= set(scalars)
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == pytest.approx({row["images_seen"]: row["loss"] for row in rows_of(stage)})
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def check_rows(rows: list[dict[str, Any]]) -> None:
+    """Every figure is there, and they agree with each other."""
+    assert len(rows) == 12
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(32 / row["seconds"], rel=1e-4)
+        assert row["images_per_second_per_rank"] == pytest.approx(row["images_per_second"] / 2, rel=1e-4)
+        assert row["image_tokens_per_second"] > row["text_tokens_per_second"] > 0
+        assert (row["mfu"], row["hfu"], row["reserved_bytes"]) == (None, None, None)
+        assert 0 < row["ready_s_least"] <= row["ready_s"]  # by each rank's own clock
+        assert row["slowest_rank"] in (0, 1)
+        assert row["memory_bytes_most"] >= row["memory_bytes"] > 1e8
+        assert row["skipped_steps"] == 0
+    assert rows[0]["seconds_left"] is None
+    assert rows[-1]["seconds_left"] == 0
+    assert all(row["chain_seconds_left"] > row["seconds_left"] for row in rows[1:])
+    assert rows[-1]["checkpoint_stall_s"] > 0
+
+
+def test_classes_are_drawn_without_prompts(data: Path, tmp_path: Path) -> None:
+    run = create(tmp_path / "run", data, "stage1.previews={every: {images: 300}, count: 3, num_inference_steps: 2}")
+    stage = trained(run, "stage1")
+    assert [path.name for path in stage.previews.iterdir()] == ["img-000000000320.png"]
+    assert "previews at 320 images: 3 pictures in " in stage.attempt(1).log.read_text()
+
+
+def test_a_stop_during_previews_is_honoured(data: Path, tmp_path: Path) -> None:
+    run = create(tmp_path / "run", data, "stage2.previews={every: {steps: 4}, num_inference_steps: 1000, count: 5}")
+    stage = run.stage("stage2")
+    process = start(tmp_path / "run", 2, "stage2")
+    wait_for(stage, 1, 128, process)
+    time.sleep(1.5)
+    began = time.monotonic()
+    process.terminate()
+    assert process.wait() == 75, process.stdout.read() if process.stdout else ""
+    assert time.monotonic() - began < 15
+    assert "the previews at 128 images are given up: a stop was asked for" in stage.attempt(1).log.read_text()
+    assert files.read_json(stage.attempt(1).stopped)["images_seen"] <= 160
+    assert not stage.previews.exists()
+
+
+def test_what_cannot_be_drawn_is_told_and_ends_no_training(data: Path, tmp_path: Path) -> None:
+    run = create(tmp_path / "run", data, "stage2.previews={every: {steps: 6}, scheduler: NoScheduler}")
+    stage = trained(run, "stage2")
+    log = stage.attempt(1).log.read_text()
+    assert log.count("images: diffusers has no scheduler 'NoScheduler'") == 2
+    assert not stage.previews.exists()
