@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from pixart_ds.data.shards import LatentsInfo, PreparedSet, Row, SetDescription, SetWriter
 
@@ -87,3 +89,22 @@ def tiny_set(
     write_parts(writer, groups, tokens=tokens)
     finish(writer)
     return PreparedSet.open(folder)
+
+
+def spoil(prepared: Path, latents: str, shard: int = 0, row: int = 0) -> None:
+    """Makes the latents of one sample of a finished set numbers no more, as a broken encoder would; its hash is right again."""
+    folder = prepared / f"latents-{latents}"
+    index = json.loads((folder / "index.json").read_text())
+    entry = index["shards"][shard]
+    path = folder / entry["raw_data"]["basename"]
+    content = bytearray(path.read_bytes())
+    at = int.from_bytes(content[4 + 4 * row : 8 + 4 * row], "little")
+    variable = [size is None for size in entry["column_sizes"]]
+    heads = np.frombuffer(content, "<u4", sum(variable), at).tolist()
+    sizes = [heads.pop(0) if size is None else size for size in entry["column_sizes"]]
+    place = entry["column_names"].index("latents")
+    begin = at + 4 * sum(variable) + sum(sizes[:place])
+    content[begin : begin + sizes[place]] = np.full(sizes[place] // 2, np.nan, np.float16).tobytes()
+    path.write_bytes(content)
+    entry["raw_data"]["hashes"]["xxh3_64"] = xxhash.xxh3_64_hexdigest(bytes(content))
+    (folder / "index.json").write_text(json.dumps(index))
