@@ -22,9 +22,9 @@ from pixart_ds.cluster.watch import Hang, PulseWatch
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.engine import line
 from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED
-from pixart_ds.layout import RunLayout, StageLayout
+from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
-from pixart_ds.train.attempt import AttemptRecord
+from pixart_ds.train.attempt import AttemptRecord, attempts_without_progress, images_committed
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _POLL_SECONDS = 0.1
@@ -41,6 +41,7 @@ class Timing:
         walltime_margin_s: Before the allocation's end, when a stop is asked for.
         backoff_s: Before the next launch after a crash; four times as long after each further one without progress.
         retries: Crashes in a row without a new checkpoint that are followed by another launch.
+        fruitless_attempts: Attempts in a row without a new checkpoint after which a job does not requeue itself.
     """
 
     hurry_grace_s: float = 30.0
@@ -49,6 +50,7 @@ class Timing:
     walltime_margin_s: float = 300.0
     backoff_s: float = 1.0
     retries: int = 3
+    fruitless_attempts: int = 5
 
 
 class _Requests:
@@ -119,8 +121,11 @@ def supervise(
     finally:
         requests.restore()
     outcome = record.end(requests.first, failure)
-    if outcome["outcome"] == "stopped" and (job := os.environ.get("SLURM_JOB_ID")):
-        return _requeue(job, log)
+    if outcome["exit_code"] == EXIT_STOPPED and (job := os.environ.get("SLURM_JOB_ID")):
+        fruitless = attempts_without_progress(RunLayout(run).stage(stage))
+        if fruitless < timing.fruitless_attempts:
+            return _requeue(job, log)
+        log.event(f"{fruitless} attempts in a row have saved nothing new: the job is not requeued; {outcome['cause']}")
     return int(outcome["exit_code"])
 
 
@@ -147,13 +152,13 @@ class _Attempt:
         layout = RunLayout(self.request.run).stage(self.request.stage)
         launches: list[Launch] = []
         while True:
-            before = _images_committed(layout)
+            before = images_committed(layout)
             failure = self._launch()
             number = self.request.launch
             ending = cast("Ending", self.record.ending(number, failure))
             self.record.ranks_left(number, ending, failure and failure[0])
             asked, code = self.requests.first is not None, failure and failure[1]
-            launches.append(Launch(ending, asked, code, _images_committed(layout) > before))
+            launches.append(Launch(ending, asked, code, images_committed(layout) > before))
             delay = delay_before_next(launches, retries=self.timing.retries, backoff_s=self.timing.backoff_s)
             if delay is None or number >= line.MAX_LAUNCHES or not self._wait(delay):
                 return failure if ending == "failed" else None
@@ -208,12 +213,6 @@ class _Crash:
 
     noticed: float
     left: float
-
-
-def _images_committed(layout: StageLayout) -> int:
-    """The clock of the newest committed checkpoint; 0 if there is none."""
-    names = line.committed(layout)
-    return names[-1].images_seen if names else 0
 
 
 class _Watch:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_ds import __version__, files
+from pixart_ds.engine import line
 from pixart_ds.errors import (
     EXIT_BUG,
     EXIT_CHECKPOINT,
@@ -69,15 +70,22 @@ class AttemptRecord:
         if layout.done.exists():
             log.event("is done already; nothing to do")
             return None
-        refuse_others(layout)
-        if layout.stop_request.exists():
+        refuse_others(layout, log)
+        if os.path.lexists(layout.stop_request):
             raise ConfigError(
                 "a stop file asks this stage to stop", where=layout.stop_request, remedy="remove it to go on"
             )
         images_before = _images_seen(layout)
-        _, folder = files.make_numbered(layout.attempts)
-        record = cls(layout, AttemptLayout(folder), device, images_before, log)
-        _beat(record.attempt)
+        try:
+            _, folder = files.make_numbered(layout.attempts)
+            record = cls(layout, AttemptLayout(folder), device, images_before, log)
+            _beat(record.attempt)
+        except OSError as cause:
+            raise MachineError(
+                f"the run's folder cannot be written: {cause.strerror}",
+                where=layout.root,
+                remedy="make it writable for this user, or free disk space and quota",
+            ) from cause
         return record
 
     def ranks_started(self, world_size: int, launcher: str, launch: int = 1) -> None:
@@ -149,6 +157,7 @@ class AttemptRecord:
             update_entry(self.attempt, self._entry.ended_as(outcome["outcome"], now, _last_metrics(self.attempt)))
         outcome |= {"started": _iso(self._began), "ended": _iso(now)}
         outcome |= {"world_size": self._world_size, "device": self._device, "launches": self.launches}
+        outcome |= {"images_committed": images_committed(self._layout)}
         files.write_json(self.attempt.outcome, outcome)
         because = f" ({outcome['cause']})" if outcome["cause"] else ""
         self._log.event(f"attempt {self.attempt.number}: {outcome['outcome']}{because}")
@@ -182,20 +191,50 @@ class AttemptRecord:
         return "rolled back" if failure is None and self.attempt.rolled_back(launch).exists() else "failed"
 
 
-def refuse_others(layout: StageLayout) -> None:
-    """Refuses while the process that keeps the newest record is alive; on another host a fresh heartbeat is enough."""
-    for attempt in reversed(layout.all_attempts()[-1:]):
+def refuse_others(layout: StageLayout, log: Log | None = None, patience_s: float = _FRESH_SECONDS) -> None:
+    """Refuses while the process that keeps the newest record is alive.
+
+    On this host its process is looked for. On another one its heartbeat must be seen to change: clocks may differ, so they are not
+    compared. An earlier start of the same Slurm job is over, whatever it has left.
+
+    Raises:
+        MachineError: It is, with host and process.
+    """
+    for attempt in layout.all_attempts()[-1:]:
         if attempt.outcome.exists() or not attempt.heartbeat.exists():
             continue
-        beat = json.loads(attempt.heartbeat.read_text(encoding="utf-8"))
+        beat = _read_beat(attempt)
+        job = os.environ.get("SLURM_JOB_ID")
+        if job and beat.get("job") == job:
+            continue
         here = beat["host"] == socket.gethostname()
-        alive = _alive(beat["pid"]) if here else time.time() - beat["time"] < _FRESH_SECONDS
-        if alive:
+        if _alive(beat["pid"]) if here else _beats(attempt, beat, log, patience_s):
             raise MachineError(
                 f"this stage runs already: pid {beat['pid']} on {beat['host']}, attempt {attempt.number}",
                 where=layout.root,
                 remedy="wait for it, or stop it first",
             )
+
+
+def _beats(attempt: AttemptLayout, beat: dict[str, Any], log: Log | None, patience_s: float) -> bool:
+    """Whether a heartbeat changes; it is not waited for where the file system itself says that it is old."""
+    probe = files.temporary_name(attempt.heartbeat)
+    probe.touch()
+    age_s = probe.stat().st_mtime - attempt.heartbeat.stat().st_mtime  # both times are the file system's
+    probe.unlink()
+    until = time.monotonic() + patience_s - max(0.0, age_s)
+    if log is not None and time.monotonic() < until:
+        log.event(f"looks for up to {patience_s:.0f} s whether pid {beat['pid']} on {beat['host']} is alive")
+    while time.monotonic() < until:
+        if _read_beat(attempt) != beat:
+            return True
+        time.sleep(min(1.0, patience_s / 10))
+    return False
+
+
+def _read_beat(attempt: AttemptLayout) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(attempt.heartbeat.read_text(encoding="utf-8"))
+    return found
 
 
 def _alive(pid: int) -> bool:
@@ -210,10 +249,31 @@ def _alive(pid: int) -> bool:
 
 
 def _beat(attempt: AttemptLayout) -> None:
-    beat = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    beat = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+    }
     temporary = files.temporary_name(attempt.heartbeat)
     temporary.write_text(json.dumps(beat), encoding="utf-8")
     os.replace(temporary, attempt.heartbeat)
+
+
+def images_committed(layout: StageLayout) -> int:
+    """The clock of the newest committed checkpoint; 0 if there is none."""
+    names = line.committed(layout)
+    return names[-1].images_seen if names else 0
+
+
+def attempts_without_progress(layout: StageLayout) -> int:
+    """How many attempts in a row, up to the newest that has ended, have committed nothing new."""
+    ended = [files.read_json(attempt.outcome) for attempt in layout.all_attempts() if attempt.outcome.exists()]
+    clocks = [0, *(outcome.get("images_committed", 0) for outcome in ended)]
+    count = 0
+    while count < len(ended) and clocks[-1 - count] <= clocks[-2 - count]:
+        count += 1
+    return count
 
 
 def _images_seen(layout: StageLayout) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,6 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        if self.reason is None and self._file is not None and self._file.exists():
+        if self.reason is None and self._file is not None and os.path.lexists(self._file):
             self.reason = f"the file {self._file.name}"
         return self.reason is not None

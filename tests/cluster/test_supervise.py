@@ -23,6 +23,7 @@ from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.errors import ConfigError, MachineError
 from pixart_ds.layout import RunLayout, StageLayout
 from pixart_ds.ledger.book import read_book
+from pixart_ds.train.attempt import refuse_others
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))
 
@@ -190,6 +191,41 @@ def test_a_stop_while_the_next_launch_is_waited_for_ends_the_attempt(tmp_path: P
     assert "asked to stop (SIGTERM), but rank 0 was killed by SIGKILL" in outcome(stage)["cause"]
 
 
+def test_a_rank_that_dies_in_the_save_that_was_asked_for_is_not_started_again(tmp_path: Path) -> None:
+    stage = a_run(tmp_path)
+    code, _ = go(stage, "leave-when-asked,die-when-asked", after=0.7, timing=Timing(peers_s=5))
+    assert code == 75
+    said = outcome(stage)
+    assert said["outcome"] == "failed"
+    assert "asked to stop (SIGTERM), but rank 1 was killed by SIGKILL" in said["cause"]
+    assert len(said["launches"]) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = a_run(tmp_path)
+    stage.attempts.write_text("in the way")
+    with pytest.raises(MachineError, match="the run's folder cannot be written") as caught:
+        go(stage, "done")
+    assert str(stage.root) in str(caught.value)
+
+
+def test_a_job_that_saves_nothing_new_again_and_again_is_not_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    stage = a_run(tmp_path)
+    for job in (1, 2, 3):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job))
+        code, text = go(stage, "save-when-asked", after=0.7, timing=Timing(fruitless_attempts=3))
+        assert code == (0 if job < 3 else 75)
+    assert (tmp_path / "calls").read_text() == "requeue 1\nrequeue 2\n"
+    assert "3 attempts in a row have saved nothing new: the job is not requeued" in text
+
+
 def test_near_the_end_of_the_walltime_a_stop_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = a_run(tmp_path)
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3))
@@ -243,6 +279,38 @@ def test_a_living_supervisor_is_respected_and_a_dead_one_is_not(tmp_path: Path) 
     subprocess.run(["pkill", "-f", str(stage.root.parent)], check=False)  # the orphaned rank
     assert go(stage, "done")[0] == 0
     assert [e.outcome for e in read_book(stage.root.parent)["stage1"]] == ["running", "done"]
+
+
+def _beat(stage: StageLayout, **more: Any) -> None:
+    attempt = stage.attempt(len(stage.all_attempts()) or 1)
+    attempt.root.mkdir(parents=True, exist_ok=True)
+    said = {"host": "elsewhere", "pid": 7, "time": 0.0, "job": None, **more}
+    attempt.heartbeat.write_text(json.dumps(said))
+
+
+def test_on_another_host_a_heartbeat_must_be_seen_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = a_run(tmp_path)
+    _beat(stage)
+    over = threading.Event()
+
+    def live() -> None:
+        while not over.wait(0.2):
+            _beat(stage, time=time.time())
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(MachineError, match="this stage runs already: pid 7 on elsewhere, attempt 1"):
+            refuse_others(stage, patience_s=30)
+    finally:
+        over.set()
+        thread.join()
+    refuse_others(stage, patience_s=1)  # it does not change any more
+    os.utime(stage.attempt(1).heartbeat, (1, 1))
+    refuse_others(stage, patience_s=3600)  # the file system says that it is old: nothing is waited for
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    _beat(stage, job="4711")
+    refuse_others(stage, patience_s=3600)  # an earlier start of this job
 
 
 def test_under_slurm_a_stopped_job_puts_itself_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,29 @@ def test_a_killed_rank_and_one_that_hangs_cost_a_launch_each_and_nothing_else(da
 def ranks_of_none(run: Path) -> bool:
     pattern = f"pixart_ds.train.rank --run {run}"
     return subprocess.run(["pgrep", "-f", pattern], capture_output=True, check=False).returncode == 1
+
+
+def test_a_rank_that_dies_somewhere_in_the_stop_loses_nothing_that_was_committed(data: Path, tmp_path: Path) -> None:
+    """SIGTERM to the supervisor, and a rank is killed a moment later: in the step, in the save, between commit and marker."""
+    stage = create(tmp_path / "run", data)
+    seed = int(os.environ.get("PIXART_TEST_SEED", "0")) or random.randrange(1, 10**6)
+    print(f"PIXART_TEST_SEED={seed}")
+    chance = random.Random(seed)
+    for attempt in (1, 2, 3):
+        process = start(tmp_path / "run", 2, retries=3)
+        wait_for(stage, attempt, 32 * 10 * attempt, process)
+        ranks = ranks_of(tmp_path / "run")
+        process.terminate()
+        time.sleep(chance.uniform(0, 0.4))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(ranks[0] if attempt == 1 else chance.choice(ranks)), signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode == 75, output
+        assert len(launches(stage, attempt)) == 1, "nothing is started into an allocation that is to end"
+    process = start(tmp_path / "run", 1)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert audited(tmp_path / "run")["proven"]["to_step"] == test_same_run.STEPS
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from pixart_ds.config.deepspeed import merge
 from pixart_ds.engine import deepspeed_compat
 from pixart_ds.engine.deepspeed import Engine
 from pixart_ds.engine.world import World
-from tests.engine.ranks import PRECISIONS
 from tests.engine.toy import stage_of
 
 WIDTH, LAYERS = 48, 4
@@ -43,13 +42,16 @@ _COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatt
 
 def keys(world: World) -> dict[str, Any]:
     """All that the tests look at, in one start of the processes."""
-    made: dict[str, Any] = {"same": {}, "dangerous": dangerous(world)}
+    made: dict[str, Any] = {"same": {}}
     for precision in ("bf16", "fp16"):
         made["same"][precision] = {"base": two_steps(world, precision)}
         for key, value in NO_EFFECT:
-            made["same"][precision][f"{key} = {value}"] = attempt(lambda p=precision, k=key, v=value: two_steps(world, p, {k: v}))
+            made["same"][precision][f"{key} = {value}"] = attempt(
+                lambda p=precision, k=key, v=value: two_steps(world, p, {k: v})
+            )
         made["same"][precision]["loss scale"] = two_steps(world, precision, {"fp16.initial_scale_power": 4})
-    made["raw"] = {size: raw_calls(world, size) for size in (1000, 200_000_000)}
+    made["raw"] = {bucket: raw_calls(world, bucket) for bucket in (1000, 200_000_000)}
+    made["dangerous"] = dangerous(world)
     return made
 
 
@@ -185,9 +187,13 @@ def dangerous(world: World) -> dict[str, Any]:
     return {
         "grad check": {checked: _after_a_nan(world, checked) for checked in (True, False)},
         "16-bit masters": attempt(lambda: _sixteen_bit_states(world)),
-        "fp16 masters": attempt(lambda: build(world, "fp16", {"fp16.fp16_master_weights_and_grads": True}) and "started"),
+        "fp16 masters": attempt(
+            lambda: build(world, "fp16", {"fp16.fp16_master_weights_and_grads": True}) and "started"
+        ),
         "no norm": attempt(lambda: build(world, "bf16", {ZERO + "compute_grad_norm": False}) and "started"),
-        "grad_accum_dtype": attempt(lambda: two_steps(world, "bf16", {"data_types.grad_accum_dtype": "bf16"}) and "stepped"),
+        "grad_accum_dtype": attempt(
+            lambda: two_steps(world, "bf16", {"data_types.grad_accum_dtype": "bf16"}) and "stepped"
+        ),
         "round robin": attempt(lambda: build(world, "bf16", {ZERO + "round_robin_gradients": True}) and "started"),
         "auto_cast": {cast: _seen(world, cast) for cast in (True, False)},
         "autocast norm": _autocast(world),
@@ -224,17 +230,21 @@ def _seen(world: World, cast: bool) -> float:
 
 
 def _autocast(world: World) -> dict[str, Any]:
-    """The norm that is clipped, and the steps skipped after one overflow, in both ways of fp16."""
-    out = {}
-    for name, precision, changed in (
-        ("fp16", "fp16", {}),
-        ("torch_autocast", "fp32", {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
-    ):
-        engine = build(world, precision, changed)
-        norm = train(engine)["grad_norm"]
-        overflow = train(engine, spoil=float("inf"))["applied"]
-        after = [train(engine)["applied"] for _ in range(4)]
-        out[name] = {"norm": norm, "overflow applied": overflow, "applied afterwards": after}
+    """In both ways of fp16: the norm that is held against the clipping's limit, and the scale before and after an overflow."""
+    from deepspeed.runtime import torch_autocast
+
+    plain = build(world, "fp16")
+    out = {"fp16": [train(plain)["grad_norm"], plain._zero.loss_scaler.cur_scale]}
+    train(plain, spoil=float("inf"))
+    out["fp16"].append(plain._zero.loss_scaler.cur_scale)
+    try:
+        engine = build(world, "fp32", {"torch_autocast": {"enabled": True, "dtype": "float16"}})
+        scaler = engine._zero.torch_autocast_gradscaler
+        out["torch_autocast"] = [train(engine)["grad_norm"], scaler.get_scale()]
+        train(engine, spoil=float("inf"))
+        out["torch_autocast"].append(scaler.get_scale())
+    finally:
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # of the process: later engines would scale their losses, too
     return out
 
 

@@ -98,16 +98,6 @@ def test_a_stop_file_or_a_living_one_is_respected(stage: StageLayout) -> None:
     assert begin(stage).attempt.number == 2
 
 
-def test_elsewhere_only_a_fresh_heartbeat_counts(stage: StageLayout) -> None:
-    record = begin(stage)
-    beat = files.read_json(record.attempt.heartbeat) | {"host": "another"}
-    record.attempt.heartbeat.write_text(json.dumps(beat))
-    with pytest.raises(MachineError, match="on another, attempt 1"):
-        begin(stage)
-    record.attempt.heartbeat.write_text(json.dumps(beat | {"time": time.time() - 3600}))
-    assert begin(stage).attempt.number == 2
-
-
 def test_it_is_kept_in_a_thread_and_a_full_disk_is_told(stage: StageLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BEAT_SECONDS", 0.02)
     output = io.StringIO()
