@@ -108,19 +108,19 @@ class Pulse:
             over = self._over.wait(self._every_s)
 
 
-def read_pulses(attempt: AttemptLayout, launch: int) -> list[dict[str, Any]]:
-    """The newest sign of life of each rank of a launch, by rank."""
+def read_pulses(attempt: AttemptLayout, launch: int | None = None) -> list[dict[str, Any]]:
+    """The newest sign of life of each rank of a launch, by rank; of the last launch without one."""
     if not attempt.pulses.is_dir():
         return []
-    found = []
+    found: list[dict[str, Any]] = []
     for path in sorted(attempt.pulses.glob("*.json")):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, FileNotFoundError):  # seen in the moment of a rename on some network file systems
             continue
-        if values["launch"] == launch:
-            found.append(values)
-    return found
+        found.append(values)
+    wanted = launch if launch is not None else max((values["launch"] for values in found), default=0)
+    return [values for values in found if values["launch"] == wanted]
 
 
 def slow_ranks(pulses: list[dict[str, Any]], factor: float = 1.3) -> list[dict[str, Any]]:
@@ -129,4 +129,4 @@ def slow_ranks(pulses: list[dict[str, Any]], factor: float = 1.3) -> list[dict[s
     if len(known) < 2:
         return []
     median = known[(len(known) - 1) // 2]["own_s"]
-    return [each for each in reversed(known) if each["own_s"] > factor * median]
+    return [{**each, "median_own_s": median} for each in reversed(known) if each["own_s"] > factor * median]

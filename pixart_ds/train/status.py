@@ -10,6 +10,7 @@ from pixart_ds.engine import line
 from pixart_ds.errors import ConfigError
 from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
 from pixart_ds.log import duration, si
+from pixart_ds.train.pulse import read_pulses, slow_ranks
 
 
 def run_status(run: RunLayout) -> list[dict[str, Any]]:
@@ -39,6 +40,7 @@ def _row(run: RunLayout, name: str) -> dict[str, Any]:
         "loss": last.get("loss"),
         "seconds_left": None if state == "done" else last.get("seconds_left"),
         "chain_seconds_left": None if state == "done" else last.get("chain_seconds_left"),
+        "slow_ranks": slow_ranks(read_pulses(attempts[-1])) if state == "running or lost" else [],
     }
 
 
@@ -63,4 +65,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         left = "-" if row["seconds_left"] is None else duration(row["seconds_left"])
         numbers = f"{images:>20}{row['attempts']:>10}{loss:>9}{left:>14}"
         lines.append(f"{row['stage']:<14}{row['state']:<18}{numbers}  {row['checkpoint'] or '-'}")
-    return "\n".join(lines)
+    slow = [(row["stage"], each) for row in rows for each in row["slow_ranks"]]
+    return "\n".join([*lines, *(_slow(stage, each) for stage, each in slow)])
+
+
+def _slow(stage: str, pulse: dict[str, Any]) -> str:
+    return (
+        f"{stage}: rank {pulse['rank']} on {pulse['host']} takes {pulse['own_s']:.2f} s for its part of a step, "
+        f"the median rank {pulse['median_own_s']:.2f} s: the others wait for it"
+    )
