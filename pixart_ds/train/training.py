@@ -26,7 +26,7 @@ from pixart_ds.engine.line import is_highest
 from pixart_ds.engine.shelf import Committed, Shelf
 from pixart_ds.engine.world import World
 from pixart_ds.errors import CheckpointError, ConfigError
-from pixart_ds.layout import AttemptLayout, CheckpointName, RunLayout
+from pixart_ds.layout import AttemptLayout, CheckpointName, RunLayout, StageLayout
 from pixart_ds.log import Log, si
 from pixart_ds.model import require_backend
 from pixart_ds.train.figures import peak_flops
@@ -38,7 +38,7 @@ from pixart_ds.train.previews import Previews
 from pixart_ds.train.pulse import Pulse
 from pixart_ds.train.sets import contents_of, open_sets, order_of, reading_of
 from pixart_ds.train.skips import Window, is_clean, read_records, read_windows, record_window
-from pixart_ds.train.start import initial_weights, net_of
+from pixart_ds.train.start import Start, initial_weights, net_of
 from pixart_ds.train.state import TrainState, passed, windows_of
 from pixart_ds.train.stop import StopFlag
 
@@ -76,7 +76,7 @@ class Training:
             _DTYPES[stage.precision],
             world.device,
         )
-        windows = read_windows(layout)
+        windows = _windows(layout, world)
         there = self._clean_checkpoints(windows)
         start = None if there else initial_weights(job.run, stage, net, self.sets)
         self.engine = Engine.build(net, stage, world, deepspeed_config.merge(stage, files.read_json(layout.deepspeed)))
@@ -85,20 +85,7 @@ class Training:
         self.pace = Pace(stage.checkpoint)
         self.previews = Previews(stage, self.sets[0], layout, world, log)
         self.origin = {"order": self.order.fingerprint, "sets": contents_of(stage, self.sets)}
-        if start is None:
-            changes: list[Change] = []
-            found = self.shelf.resume(there, lambda reader: changes.extend(self._changes_since(reader)))
-            assert found is not None
-            for problem in found.damaged:
-                log.event(f"passed over: {problem}")
-            self.state, self.lineage = TrainState.from_json(found.state["state"]), found.state["lineage"]
-            losses = found.state.get("guard", [])
-            log.event(f"resumed at {si(self.state.images_seen)} images from {found.name}")
-            self._take_over(changes)
-        else:
-            self.engine.initialise(start.state)
-            self.state, self.lineage, losses = TrainState(), start.lineage, []
-            log.event(f"starts from {_origin(self.lineage)}")
+        losses = self._resume(there) if start is None else self._initialise(start)
         self.state.skips = windows
         self.guard = Guard(stage.guard, stage.global_batch_size, losses)
         self._recent: deque[tuple[int, Callable[[], Evidence]]] = deque(maxlen=stage.guard.spike_steps)
@@ -108,6 +95,25 @@ class Training:
         first = world.rank - world.local_rank
         log.event(reading_of(stage, self.sets, self.order, first, world.local_size, world.size))
         self.shelf.write_start({**self.state.to_json(), "order": self.order.fingerprint})
+
+    def _resume(self, names: list[CheckpointName]) -> list[float]:
+        """Goes on from the first of these checkpoints that is whole; returns the guard's history."""
+        changes: list[Change] = []
+        found = self.shelf.resume(names, lambda reader: changes.extend(self._changes_since(reader)))
+        assert found is not None
+        for problem in found.damaged:
+            self.log.event(f"passed over: {problem}")
+        self.state, self.lineage = TrainState.from_json(found.state["state"]), found.state["lineage"]
+        self.log.event(f"resumed at {si(self.state.images_seen)} images from {found.name}")
+        self._take_over(changes)
+        return list(found.state.get("guard", []))
+
+    def _initialise(self, start: Start) -> list[float]:
+        """Begins the stage; returns the guard's history, which is empty."""
+        self.engine.initialise(start.state)
+        self.state, self.lineage = TrainState(), start.lineage
+        self.log.event(f"starts from {_origin(self.lineage)}")
+        return []
 
     def _clean_checkpoints(self, windows: tuple[Window, ...]) -> list[CheckpointName]:
         """The line's checkpoints, newest first, that are from before training went wrong, or went around that.
@@ -323,6 +329,12 @@ class Training:
             done = {**self.state.to_json(), "attempt": self.job.attempt.number, "loss": loss}
             files.write_json(self.layout.done, done)
         self.log.event("done; weights and EMA are handed over")
+
+
+def _windows(layout: StageLayout, world: World) -> tuple[Window, ...]:
+    """The recorded windows as rank 0 sees them: file systems may tell other nodes later."""
+    seen = on_first(world, lambda: [[window.after, window.upto] for window in read_windows(layout)])
+    return tuple(Window(after, upto) for after, upto in seen)
 
 
 def _worst(rows: Evidence) -> Evidence:
