@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from pixart_ds.engine.environment import RankEnvironment, free_port
+from pixart_ds.engine.environment import PARENT_PID, RankEnvironment, free_port
 from pixart_ds.errors import MachineError
 from pixart_ds.layout import AttemptLayout
 
@@ -93,7 +93,7 @@ class LocalLauncher:
         ranks = LocalRanks(request, output)
         for rank in range(self.processes):
             told = RankEnvironment("torchrun", rank, self.processes, rank, self.processes, "127.0.0.1", port)
-            environment = {**os.environ, **told.variables()}
+            environment = {**os.environ, **told.variables(), PARENT_PID: str(os.getpid())}
             ranks.add([*self.command, *request.arguments(), *self.extra], environment)
         return ranks
 

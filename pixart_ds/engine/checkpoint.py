@@ -49,8 +49,17 @@ class Reader:
     def __init__(self, storage: Storage, name: str) -> None:
         self.storage, self.name = storage, name
         marker = self._read_marker()
-        self.milestone: bool = marker["milestone"]
-        self.files = [FileRecord.from_json(each, values) for each, values in marker["files"].items()]
+        try:
+            self.milestone = bool(marker["milestone"])
+            self.files = [FileRecord.from_json(each, values) for each, values in marker["files"].items()]
+            if MANIFEST_NAME not in marker["files"]:
+                raise KeyError(MANIFEST_NAME)
+        except (KeyError, TypeError, ValueError, AttributeError) as cause:
+            raise CheckpointError(
+                f"the checkpoint {name} cannot be trusted: its marker is damaged ({type(cause).__name__}: {cause})",
+                where=f"{storage.where}/{MARKER_NAME}",
+                remedy="put the file back, or go on from the checkpoint before it",
+            ) from cause
         self._refuse([problem(storage, wanted, whole=wanted.name == MANIFEST_NAME) for wanted in self.files])
         self.manifest: dict[str, Any] = self._json(MANIFEST_NAME)
         places = tuple(

@@ -16,6 +16,9 @@ from pixart_ds.errors import MachineError
 TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """torch's variables, and the deepspeed launcher's LOCAL_SIZE, which it sets instead of LOCAL_WORLD_SIZE."""
 
+PARENT_PID = "PIXART_DS_PARENT_PID"
+"""Process that the local launcher runs in: a rank that finds itself without it leaves."""
+
 _REMEDY = (
     "start the ranks with `pixart-ds train`, torchrun, deepspeed or srun; "
     "or unset these variables to train in a single process (docs/launching.md)"

@@ -154,9 +154,9 @@ def is_milestone(layout: StageLayout, name: CheckpointName) -> bool:
     """Whether a committed checkpoint is to be kept for ever; one with a damaged marker is, for a person to see."""
     try:
         marker = json.loads(read(storage_of(layout).sub(str(name)), MARKER_NAME))
-    except ValueError:
+        return bool(marker["milestone"])
+    except (ValueError, KeyError, TypeError):
         return True
-    return bool(marker["milestone"])
 
 
 def expendable(

@@ -107,9 +107,18 @@ class AttemptRecord:
         """Closes a launch's entry, and remembers for `outcome.json` how it ended."""
         assert self._entry is not None
         self._entry = self._entry.ended_as(ending, self._now(), _last_metrics(self.attempt))
-        update_entry(self.attempt, self._entry)
+        with self._disk("the ledger"):
+            update_entry(self.attempt, self._entry)
         told = {"launch": launch, "world_size": self._world_size, "ending": ending, "cause": cause}
         self.launches.append({**told, "started": _iso(self._entry.started), "ended": _iso(self._entry.until)})
+
+    @contextmanager
+    def _disk(self, what: str) -> Iterator[None]:
+        """A disk that refuses is told of, and ends no training: that is for those who lose something by it."""
+        try:
+            yield
+        except OSError as error:
+            self._log.event(f"{what} cannot be written: {error.strerror or error} ({self.attempt.root})")
 
     def keep(self) -> None:
         """Keeps heartbeat and ledger fresh; call it as often as you like."""
@@ -117,9 +126,10 @@ class AttemptRecord:
         now = time.monotonic()
         if now > self._next_beat:
             self._next_beat = now + _BEAT_SECONDS
-            _beat(self.attempt)
-            self._entry = self._entry.still_running(self._now(), _last_metrics(self.attempt))
-            update_entry(self.attempt, self._entry)
+            with self._disk("heartbeat and ledger"):
+                _beat(self.attempt)
+                self._entry = self._entry.still_running(self._now(), _last_metrics(self.attempt))
+                update_entry(self.attempt, self._entry)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -128,10 +138,7 @@ class AttemptRecord:
 
         def keep_on() -> None:
             while True:
-                try:
-                    self.keep()
-                except OSError as error:
-                    self._log.event(f"heartbeat and ledger could not be written: {error}")
+                self.keep()
                 if over.wait(_BEAT_SECONDS):
                     return
 
@@ -154,11 +161,13 @@ class AttemptRecord:
         outcome = self._judge(asked, failure)
         now = self._now()
         if self._entry.outcome == "running":
-            update_entry(self.attempt, self._entry.ended_as(outcome["outcome"], now, _last_metrics(self.attempt)))
+            with self._disk("the ledger"):
+                update_entry(self.attempt, self._entry.ended_as(outcome["outcome"], now, _last_metrics(self.attempt)))
         outcome |= {"started": _iso(self._began), "ended": _iso(now)}
         outcome |= {"world_size": self._world_size, "device": self._device, "launches": self.launches}
         outcome |= {"images_committed": images_committed(self._layout)}
-        files.write_json(self.attempt.outcome, outcome)
+        with self._disk("outcome.json"):
+            files.write_json(self.attempt.outcome, outcome)
         because = f" ({outcome['cause']})" if outcome["cause"] else ""
         self._log.event(f"attempt {self.attempt.number}: {outcome['outcome']}{because}")
         return outcome

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import faulthandler
 import os
 import signal
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pixart_ds.config.freeze import open_run, override_execution, read_stage
-from pixart_ds.engine.environment import RankEnvironment, read_environment
-from pixart_ds.errors import EXIT_BUG, EXIT_DONE, PixArtError
+from pixart_ds.engine.environment import PARENT_PID, RankEnvironment, read_environment
+from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, MachineError, PixArtError
 from pixart_ds.layout import AttemptLayout, StageLayout
 from pixart_ds.log import Log
 from pixart_ds.train.attempt import AttemptRecord
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pixart_ds.engine.world import World
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -118,6 +120,12 @@ def _own_attempt(
 
 def _tell(error: Exception) -> int:
     """Says on stderr what went wrong, and returns the exit code of it."""
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        error = MachineError(
+            f"a file of the run cannot be written: {error.strerror}",
+            where=error.filename,
+            remedy="free or enlarge the disk, or its quota, then start again; what was committed is whole",
+        )
     if isinstance(error, PixArtError):
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
@@ -130,6 +138,8 @@ def _stop_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.environ.get(PARENT_PID, str(os.getppid())) != str(os.getppid()):  # it ended before the kernel was asked
+        _leave(EXIT_STOPPED)
 
 
 def _leave(code: int) -> NoReturn:

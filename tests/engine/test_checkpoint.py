@@ -193,6 +193,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / MARKER_NAME).write_text('{"format": 1, "fi'),
         "COMMITTED is not JSON",
     ),
+    "a key of the marker": (
+        lambda folder: (folder / MARKER_NAME).write_text(
+            (folder / MARKER_NAME).read_text().replace("milestone", "mjlestone")
+        ),
+        "its marker is damaged",
+    ),
     "an empty marker": (lambda folder: (folder / MARKER_NAME).write_text(""), "COMMITTED is not JSON"),
 }
 

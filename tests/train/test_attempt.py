@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from pixart_ds import files
+from pixart_ds.engine.environment import PARENT_PID
 from pixart_ds.errors import ConfigError, MachineError
 from pixart_ds.layout import RunLayout, StageLayout
 from pixart_ds.ledger.book import read_book
 from pixart_ds.log import Log
 from pixart_ds.train import attempt as module
+from pixart_ds.train import rank
 from pixart_ds.train.attempt import AttemptRecord
 
 
@@ -108,7 +111,7 @@ def test_it_is_kept_in_a_thread_and_a_full_disk_is_told(stage: StageLayout, monk
         ledger = record.attempt.ledger
         ledger.rename(ledger.with_name("elsewhere"))
         ledger.mkdir()  # a write fails, also for root
-        _until(lambda: "heartbeat and ledger could not be written" in output.getvalue())
+        _until(lambda: "heartbeat and ledger cannot be written" in output.getvalue())
         ledger.rmdir()
         ledger.with_name("elsewhere").rename(ledger)
         trained(record, 64)
@@ -137,3 +140,19 @@ def test_a_killed_keeper_leaves_an_entry_that_counts(stage: StageLayout) -> None
     assert (entry.outcome, entry.device_count) == ("running", 3)
     assert entry.until > entry.started
     assert begin(stage).attempt.number == 2
+
+
+def test_a_full_disk_under_a_rank_is_told_with_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/run/metrics.jsonl")
+    assert rank._tell(error) == 3
+    assert "a file of the run cannot be written: No space left on device" in capsys.readouterr().err
+    assert rank._tell(OSError(errno.ENOENT, "No such file", "/run/x")) == 70
+
+
+def test_a_rank_whose_launcher_is_gone_leaves_before_it_trains(tmp_path: Path) -> None:
+    """The kernel tells a rank of its parent's end only once it was asked to."""
+    words = [sys.executable, "-m", "pixart_ds.train.rank", "--run", str(tmp_path), "--stage", "s", "--device", "cpu"]
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", PARENT_PID: "1"}
+    answer = subprocess.run([*words, "--attempt", "1"], env={**os.environ, **place}, capture_output=True, check=False)
+    assert answer.returncode == 75, answer.stderr
