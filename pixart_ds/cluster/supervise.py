@@ -21,7 +21,7 @@ from pixart_ds.cluster.relaunch import Ending, Launch, delay_before_next
 from pixart_ds.cluster.watch import Hang, PulseWatch
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.engine import line
-from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED
+from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, MachineError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
 from pixart_ds.train.attempt import AttemptRecord, attempts_without_progress, images_committed
@@ -107,7 +107,7 @@ def supervise(
 
     Raises:
         ConfigError: A stop file lies there.
-        MachineError: The stage runs already.
+        MachineError: The stage runs already, or the disk refuses.
     """
     log, timing = Log(stage, output), timing or Timing()
     record = AttemptRecord.begin(RunLayout(run).stage(stage), device, log)
@@ -118,6 +118,12 @@ def supervise(
         request = LaunchRequest(run, stage, record.attempt, 1, device)
         attempt = _Attempt(launcher, request, record, requests, timing, deadlines or DeadlinesConfig(), log, output)
         failure = attempt.run()
+    except OSError as cause:
+        raise MachineError(
+            f"a file of the attempt cannot be written: {cause.strerror or cause}",
+            where=cause.filename or record.attempt.root,
+            remedy="free or enlarge the disk, or its quota, then start again; what was committed is whole",
+        ) from cause
     finally:
         requests.restore()
     outcome = record.end(requests.first, failure)

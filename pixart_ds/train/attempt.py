@@ -31,6 +31,7 @@ from pixart_ds.errors import (
     EXIT_MACHINE,
     EXIT_STOPPED,
     ConfigError,
+    DataError,
     MachineError,
 )
 from pixart_ds.layout import AttemptLayout, StageLayout
@@ -292,7 +293,10 @@ def _images_seen(layout: StageLayout) -> int:
 
 
 def _last_metrics(attempt: AttemptLayout) -> dict[str, Any]:
-    return files.last_json_line(attempt.metrics) or {}
+    try:
+        return files.last_json_line(attempt.metrics) or {}
+    except DataError:  # a line that a killed launch left torn, ended by the next one
+        return {}
 
 
 def environment(world_size: int, device: str, launcher: str) -> dict[str, Any]:
