@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="the kind of change that is meant; may be repeated",
     )
+    _dry_run(verb)
 
     verb = _add(verbs, "train", _train, "run or resume one stage: the supervisor of one allocation")
     verb.add_argument("run", type=Path, help="folder of the run")
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--processes", type=_positive, help="ranks of the local launcher (default: GPUs, or 2 on a CPU)")
     verb.add_argument(
         "--retries",
-        type=int,
+        type=_count,
         default=3,
         help="crashes in a row without a new checkpoint after which the ranks are started again (default: 3)",
     )
@@ -255,6 +256,12 @@ def _dry_run(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
 
 
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -365,13 +372,15 @@ def _create(options: argparse.Namespace) -> int:
 def _change(options: argparse.Namespace) -> int:
     from pixart_ds.config.change import change_stage
     from pixart_ds.config.freeze import open_run
+    from pixart_ds.log import Log
     from pixart_ds.train.attempt import refuse_others
 
     run = open_run(options.run)
-    refuse_others(run.stage(options.stage))
-    lines = change_stage(run, options.stage, options.sets, options.allow)
+    if not options.dry_run:
+        refuse_others(run.stage(options.stage), Log(options.stage, sys.stderr))
+    lines = change_stage(run, options.stage, options.sets, options.allow, dry_run=options.dry_run)
     for line in lines or ["the content of its sets may be another"]:
-        print(f"{options.stage}: {line}")
+        print(f"{options.stage}: {line}" + (" (would change)" if options.dry_run else ""))
     return EXIT_DONE
 
 

@@ -10,6 +10,9 @@ EXIT_CHECKPOINT = 5
 EXIT_BUG = 70
 EXIT_STOPPED = 75
 
+EXITS_THAT_TELL = (EXIT_CONFIG, EXIT_MACHINE, EXIT_DATA, EXIT_CHECKPOINT)
+"""Of errors that come again at the next try: somebody has to mend something first."""
+
 
 class PixArtError(Exception):
     """Base of all errors with a message for people.

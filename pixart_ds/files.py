@@ -11,11 +11,27 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pixart_ds.errors import DataError, PixArtError
+from pixart_ds.errors import DataError, MachineError, PixArtError
 
 _CHUNK_BYTES = 1 << 24
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems answer that know no hard links."""
+
+
+def disk_error(error: OSError, folder: Path) -> MachineError | None:
+    """What a person is told of a disk that is full or read-only; None for an error of another kind.
+
+    Args:
+        error: Of a write.
+        folder: Where it was, if the error does not say.
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return None
+    return MachineError(
+        f"a file of the run cannot be written: {error.strerror}",
+        where=error.filename or folder,
+        remedy="free or enlarge the disk, or its quota, then start again; what was committed is whole",
+    )
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,10 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-from pixart_ds.errors import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA, EXIT_MACHINE
-
-FINAL = (EXIT_CONFIG, EXIT_MACHINE, EXIT_DATA, EXIT_CHECKPOINT)
-"""Exit codes of errors that come again: somebody has to mend something first."""
+from pixart_ds.errors import EXITS_THAT_TELL
 
 Ending = Literal["done", "stopped", "rolled back", "failed"]
 
@@ -47,7 +44,7 @@ def delay_before_next(launches: list[Launch], *, retries: int, backoff_s: float)
         return None
     if last.ending == "rolled back":
         return 0.0
-    if last.code in FINAL:
+    if last.code in EXITS_THAT_TELL:
         return None
     fruitless = len(
         list(itertools.takewhile(lambda each: each.ending == "failed" and not each.progress, reversed(launches)))

@@ -21,12 +21,12 @@ from pixart_ds.cluster.relaunch import Ending, Launch, delay_before_next
 from pixart_ds.cluster.watch import Hang, PulseWatch
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.engine import line
-from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, MachineError
+from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
 from pixart_ds.train.attempt import AttemptRecord, attempts_without_progress, images_committed
+from pixart_ds.train.stop import STOP_SIGNALS
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _POLL_SECONDS = 0.1
 
 
@@ -58,7 +58,7 @@ class _Requests:
 
     def __init__(self, walltime_margin_s: float) -> None:
         self.names: list[str] = []
-        self._earlier = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        self._earlier = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self._stop_at = float(end) - walltime_margin_s if end.isdigit() else None
 
@@ -119,11 +119,9 @@ def supervise(
         attempt = _Attempt(launcher, request, record, requests, timing, deadlines or DeadlinesConfig(), log, output)
         failure = attempt.run()
     except OSError as cause:
-        raise MachineError(
-            f"a file of the attempt cannot be written: {cause.strerror or cause}",
-            where=cause.filename or record.attempt.root,
-            remedy="free or enlarge the disk, or its quota, then start again; what was committed is whole",
-        ) from cause
+        if (told := files.disk_error(cause, record.attempt.root)) is not None:
+            raise told from cause
+        raise
     finally:
         requests.restore()
     outcome = record.end(requests.first, failure)
@@ -273,7 +271,7 @@ class _Watch:
             self._told = asked
 
 
-def _failure(ranks: Ranks) -> tuple[str, int] | None:
+def _failure(ranks: Ranks) -> Failure | None:
     """How the first rank that ended with an error did so, with its last words, and its exit code."""
     if (failed := ranks.failed()) is None:
         return None

@@ -47,7 +47,9 @@ class Change:
         return {"allowed": list(self.allowed), "differences": list(self.differences), "when": self.when}
 
 
-def change_stage(run: RunLayout, name: str, overrides: Sequence[str], allowed: Sequence[str]) -> list[str]:
+def change_stage(
+    run: RunLayout, name: str, overrides: Sequence[str], allowed: Sequence[str], *, dry_run: bool = False
+) -> list[str]:
     """Changes a stage of a run for all attempts to come.
 
     Args:
@@ -55,6 +57,7 @@ def change_stage(run: RunLayout, name: str, overrides: Sequence[str], allowed: S
         name: The stage.
         overrides: `key.path=value`. None, with `dataset` allowed, says that a set's own content has changed.
         allowed: Of `KINDS`: which differences are meant.
+        dry_run: Only say what would change.
 
     Returns:
         `key: old → new` for each.
@@ -79,6 +82,8 @@ def change_stage(run: RunLayout, name: str, overrides: Sequence[str], allowed: S
     if not lines and "dataset" not in allowed:
         raise ConfigError("nothing would change", where=layout.config, remedy="give --set KEY=VALUE")
     merged = deepspeed.merge(changed, deepspeed.load_deepspeed(changed.execution.deepspeed))
+    if dry_run:
+        return lines
     record = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "allowed": list(allowed),

@@ -24,12 +24,9 @@ from pixart_ds import __version__, files
 from pixart_ds.engine import line
 from pixart_ds.errors import (
     EXIT_BUG,
-    EXIT_CHECKPOINT,
-    EXIT_CONFIG,
-    EXIT_DATA,
     EXIT_DONE,
-    EXIT_MACHINE,
     EXIT_STOPPED,
+    EXITS_THAT_TELL,
     ConfigError,
     DataError,
     MachineError,
@@ -39,7 +36,6 @@ from pixart_ds.ledger.book import open_entry, update_entry
 from pixart_ds.ledger.entries import Entry
 from pixart_ds.log import Log
 
-_TELLING = (EXIT_CONFIG, EXIT_MACHINE, EXIT_DATA, EXIT_CHECKPOINT)
 _BEAT_SECONDS = 5.0
 _FRESH_SECONDS = 60.0
 
@@ -71,13 +67,13 @@ class AttemptRecord:
         if layout.done.exists():
             log.event("is done already; nothing to do")
             return None
-        refuse_others(layout, log)
         if os.path.lexists(layout.stop_request):
             raise ConfigError(
                 "a stop file asks this stage to stop", where=layout.stop_request, remedy="remove it to go on"
             )
         images_before = _images_seen(layout)
         try:
+            refuse_others(layout, log)
             _, folder = files.make_numbered(layout.attempts)
             record = cls(layout, AttemptLayout(folder), device, images_before, log)
             _beat(record.attempt)
@@ -184,7 +180,7 @@ class AttemptRecord:
         cause, code = failure or ("the ranks left without a word: neither done nor stopped", EXIT_BUG)
         if asked:
             return {"outcome": "failed", "cause": f"asked to stop ({asked}), but {cause}", "exit_code": EXIT_STOPPED}
-        return {"outcome": "failed", "cause": cause, "exit_code": code if code in _TELLING else EXIT_BUG}
+        return {"outcome": "failed", "cause": cause, "exit_code": code if code in EXITS_THAT_TELL else EXIT_BUG}
 
     def _rolled_back(self) -> str | None:
         """Why the guard sent the last launch back, if it did."""

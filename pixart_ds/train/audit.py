@@ -33,7 +33,7 @@ from pixart_ds.train.audit_line import (
     read_history,
     read_log,
 )
-from pixart_ds.train.replay import Coverage, Outcome, Replay, explain
+from pixart_ds.train.replay import LEFT_OUT, Coverage, Outcome, Replay, explain
 from pixart_ds.train.replay_pool import recompute
 from pixart_ds.train.sets import open_sets, order_of
 from pixart_ds.train.skips import read_windows
@@ -376,8 +376,14 @@ def show_step(root: Path, stage: str | None, step: int) -> dict[str, Any]:
         "digest": f"{drawn.digest:016x}",
         "logged": None
         if line is None
-        else {"digest": f"{line.digest:016x}", "attempt": line.attempt, "launch": line.launch, "applied": line.applied},
-        "proven": line.digest == drawn.digest if line is not None else lost is None,
+        else {
+            "digest": f"{line.digest:016x}",
+            "attempt": line.attempt,
+            "launch": line.launch,
+            "applied": line.applied,
+            "left_out": line.left_out,
+        },
+        "proven": lost is None if line is None else line.digest == (LEFT_OUT if line.left_out else drawn.digest),
         "violation": None if lost is None else lost.to_json(),
         "sets": [config.path for config in era.config.data.sets],
         "samples": rows,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import errno
 import faulthandler
 import os
 import signal
@@ -18,9 +17,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from pixart_ds import files
 from pixart_ds.config.freeze import open_run, override_execution, read_stage
 from pixart_ds.engine.environment import PARENT_PID, RankEnvironment, read_environment
-from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, MachineError, PixArtError
+from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, PixArtError
 from pixart_ds.layout import AttemptLayout, StageLayout
 from pixart_ds.log import Log
 from pixart_ds.train.attempt import AttemptRecord
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pixart_ds.engine.world import World
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -120,12 +119,8 @@ def _own_attempt(
 
 def _tell(error: Exception) -> int:
     """Says on stderr what went wrong, and returns the exit code of it."""
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        error = MachineError(
-            f"a file of the run cannot be written: {error.strerror}",
-            where=error.filename,
-            remedy="free or enlarge the disk, or its quota, then start again; what was committed is whole",
-        )
+    if isinstance(error, OSError):
+        error = files.disk_error(error, Path.cwd()) or error
     if isinstance(error, PixArtError):
         print(error, file=sys.stderr, flush=True)
         return error.exit_code
