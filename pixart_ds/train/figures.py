@@ -124,7 +124,8 @@ def peak_flops(stage: StageConfig, world: World, log: Log) -> float | None:
         own = peak_of(about.name, about.total_memory, stage.precision)
     found = gather(world, None if own is None else vars(own))
     if None in found:
-        log.event("no MFU: the table of rates has no peak for what the ranks run on")
+        if world.device.type == "cuda":  # of CPUs nobody asks it
+            log.event("no MFU: the table of rates has no peak for one of the GPUs")
         return None
     kinds = sorted({(peak["gpu"], peak["flops"]) for peak in found})
     said = ", ".join(f"{gpu} with {flops / 1e12:g} TFLOP/s" for gpu, flops in kinds)

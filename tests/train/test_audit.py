@@ -507,7 +507,13 @@ def test_a_step_is_listed(run: FakeRun) -> None:
         draws.dropped,
         f"{draws.noise_key:016x}",
     )
-    assert answer["logged"] == {"digest": answer["digest"], "attempt": 1, "launch": 1, "applied": False, "left_out": False}
+    assert answer["logged"] == {
+        "digest": answer["digest"],
+        "attempt": 1,
+        "launch": 1,
+        "applied": False,
+        "left_out": False,
+    }
     text = step_table(answer)
     assert (
         f"s, step 2: images 9 to 16\ndigest {answer['digest']}, as logged by attempt 1, launch 1, step not applied"

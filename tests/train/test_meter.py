@@ -159,7 +159,7 @@ def test_rows_line_and_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_cpu_has_no_peak_and_says_so() -> None:
     stream = io.StringIO()
     assert peak_flops(SimpleNamespace(precision="fp32"), ALONE, Log("s", stream)) is None  # type: ignore[arg-type]
-    assert "no MFU: the table of rates has no peak for what the ranks run on" in stream.getvalue()
+    assert "MFU" not in stream.getvalue(), "of CPUs nobody asks it"
 
 
 def test_previews_need_prompts_and_a_vae(tmp_path: Path) -> None:
