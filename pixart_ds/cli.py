@@ -73,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("recipe", help="path or name of a stage's or a chain's recipe: stage2, chain, …")
     _sets(verb)
     verb.add_argument("--gpu", help="v100-16gb, v100-32gb (default), a100-40gb, a100-80gb, h100 or h200")
-    verb.add_argument("--nodes", type=_positive, help="default: as many GPUs as the paper had for the stage")
+    verb.add_argument(
+        "--nodes",
+        type=_nodes,
+        metavar="N|MIN-MAX",
+        help="a range lists what each size costs (default: as many GPUs as the paper had for the stage)",
+    )
     verb.add_argument("--gpus-per-node", type=_positive, help="default 8")
     verb.add_argument("--country", help="whose electricity: ISO code of three letters, or WORLD")
     verb.add_argument("--pue", type=float, help="power usage effectiveness of the site")
@@ -269,6 +274,19 @@ def _positive(text: str) -> int:
     return number
 
 
+def _nodes(text: str) -> int | tuple[int, int]:
+    """`N`, or `MIN-MAX` as Slurm's `--nodes` takes it: 4, or (4, 8)."""
+    fewest, dash, most = text.partition("-")
+    if not fewest.isdecimal() or (dash and not most.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of nodes (8) nor a range of them (4-8)")
+    if not dash:
+        return _positive(fewest)
+    bounds = _positive(fewest), _positive(most)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"{text}: the range ends below its start; did you mean {most}-{fewest}?")
+    return bounds
+
+
 def _natural(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -316,11 +334,15 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    from pixart_ds.plan.estimate import Machines, estimate
+    from pixart_ds.plan.estimate import Machines, estimate, estimate_sizes
     from pixart_ds.plan.estimate_report import report
 
-    names = ("gpu", "nodes", "gpus_per_node", "country", "pue", "price_per_hour")
-    values = estimate(options.recipe, options.sets, Machines(**{name: getattr(options, name) for name in names}))
+    names = ("gpu", "gpus_per_node", "country", "pue", "price_per_hour")
+    given = {name: getattr(options, name) for name in names}
+    if isinstance(options.nodes, tuple):
+        values = estimate_sizes(options.recipe, options.sets, Machines(**given), *options.nodes)
+    else:
+        values = estimate(options.recipe, options.sets, Machines(**given, nodes=options.nodes))
     _print_json(values) if options.json else print(report(values))
     return EXIT_DONE
 

@@ -11,10 +11,8 @@ loads is compared with what was saved. Ours also holds the EMA, syncs its files 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -22,14 +20,12 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,16 +33,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench_ranks import RankFailedError, Ranks
+
 from pixart_ds.config.deepspeed import load_deepspeed, merge
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.diffusion.loss import diffusion_loss, noisy
 from pixart_ds.engine import deepspeed_compat
 from pixart_ds.engine.agree import Votes, agree
 from pixart_ds.engine.deepspeed import Engine
-from pixart_ds.engine.environment import RankEnvironment, free_port
+from pixart_ds.engine.environment import RankEnvironment
 from pixart_ds.engine.shards import SHARD_KEYS
 from pixart_ds.engine.shelf import Committed, Shelf
-from pixart_ds.engine.world import World, join_world, leave_world
+from pixart_ds.engine.world import World, join_world
 from pixart_ds.layout import StageLayout
 from pixart_ds.model import build, initialise
 
@@ -70,7 +68,11 @@ Fingerprint = dict[str, int]
 def main() -> None:
     options = _parser().parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=options.folder) as name:
-        answer = measure(options, Path(name))
+        try:
+            answer = measure(options, Path(name))
+        except RankFailedError as failure:
+            told = f"rank {failure.rank} of {failure.size} failed at {failure.method}:\n{failure.end}"
+            raise SystemExit(told) from None
     if options.json:
         print(json.dumps(answer, indent=2))
     else:
@@ -93,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(options: Namespace, folder: Path) -> dict[str, Any]:
-    with Ranks(options.ranks, options, folder, "home") as home, Ranks(options.other, options, folder, "away") as away:
+    join_home, join_away = (partial(_join, options, folder, home) for home in (True, False))
+    with (
+        Ranks(options.ranks, join_home, folder / "home") as home,
+        Ranks(options.other, join_away, folder / "away") as away,
+    ):
         about = home.ask("about")[0]
         first = _first_saves(home, folder)
         rounds = [_round(home, away, folder, number) for number in range(1, options.rounds + 1)]
@@ -363,6 +369,10 @@ class Rank:
                 raise RuntimeError(f"{whose} {key} was loaded otherwise than it was saved: nothing to compare")
 
 
+def _join(options: Namespace, folder: Path, home: bool, given: RankEnvironment) -> Rank:
+    return Rank(join_world("cpu", environment=given), options, folder, home)
+
+
 def _stage(options: Namespace) -> StageConfig:
     depth, width, heads, channels = NETS[options.net]
     return StageConfig.model_validate(
@@ -406,89 +416,6 @@ def _batch(stage: StageConfig, rank: int) -> dict[str, torch.Tensor]:
         "captions": torch.randn(1, TOKENS, stage.model.caption_channels, generator=random).to(dtype),
         "mask": torch.arange(TOKENS)[None] < 70,
     }
-
-
-# ---- its process ------------------------------------------------------------------------------------------------------
-
-
-class Ranks:
-    """The processes of one world, which wait for words between measurements; leaving ends them.
-
-    Args:
-        size: Ranks.
-        options: The command's.
-        folder: Where the ranks save and write what they print.
-        name: `home`, which saves, or `away`.
-    """
-
-    def __init__(self, size: int, options: Namespace, folder: Path, name: str) -> None:
-        context, port = multiprocessing.get_context("spawn"), free_port()
-        self._logs = [folder / f"{name}-{rank}.txt" for rank in range(size)]
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank, log in enumerate(self._logs):
-            given = RankEnvironment("torchrun", rank, size, rank, size, "127.0.0.1", port)
-            ours, theirs = context.Pipe()
-            arguments = (theirs, given, options, folder, log, name == "home")
-            self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
-            self._processes[-1].start()
-            theirs.close()
-            self._pipes.append(ours)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for process, pipe in zip(self._processes, self._pipes, strict=True):
-            if kind is None:
-                pipe.send(None)
-            else:
-                process.kill()
-        for process in self._processes:
-            process.join()
-
-    def ask(self, method: str, *arguments: Any) -> list[Any]:
-        """Calls a method of each `Rank`; their answers, by rank.
-
-        Raises:
-            SystemExit: A rank failed, with the end of what it wrote.
-        """
-        for pipe in self._pipes:
-            with contextlib.suppress(BrokenPipeError):  # it has failed already: `recv` says so
-                pipe.send((method, arguments))
-        answers: dict[int, Any] = {}
-        while len(answers) < len(self._pipes):
-            for ready in wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]):
-                rank = self._pipes.index(ready)  # type: ignore[arg-type]
-                try:
-                    answers[rank] = self._pipes[rank].recv()
-                except (EOFError, ConnectionResetError):
-                    end = self._logs[rank].read_text(errors="replace")[-3000:]
-                    raise SystemExit(f"rank {rank} of {len(self._pipes)} failed at {method}:\n{end}") from None
-        return [answers[rank] for rank in range(len(self._pipes))]
-
-
-def _serve(pipe: Connection, given: RankEnvironment, options: Namespace, folder: Path, log: Path, home: bool) -> None:
-    """A rank's whole life; what it and DeepSpeed print goes to `log`."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
-    code = 1
-    try:
-        rank = Rank(join_world("cpu", environment=given), options, folder, home)
-        while (word := pipe.recv()) is not None:
-            method, arguments = word
-            pipe.send(getattr(rank, method)(*arguments))
-        leave_world()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as a real rank ends, and for its reason
 
 
 # ---- for people -------------------------------------------------------------------------------------------------------

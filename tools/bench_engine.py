@@ -14,20 +14,16 @@ import contextlib
 import gc
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -36,13 +32,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench_ranks import RankFailedError, Ranks
+
 from pixart_ds.config.deepspeed import load_deepspeed, merge
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.engine import deepspeed_compat
 from pixart_ds.engine.deepspeed import Engine
-from pixart_ds.engine.environment import RankEnvironment, free_port
+from pixart_ds.engine.environment import RankEnvironment
 from pixart_ds.engine.optimizer import AdamWEMA
-from pixart_ds.engine.world import World, join_world, leave_world
+from pixart_ds.engine.world import World, join_world
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WAYS = {
@@ -65,7 +63,11 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-engine-") as name:
-        answer = measure(options, Path(name))
+        try:
+            answer = measure(options, Path(name))
+        except RankFailedError as failure:
+            told = f"rank {failure.rank} failed at {failure.method}, exit code {failure.code}:\n{failure.end}"
+            raise SystemExit(told) from None
     if options.json:
         print(json.dumps(answer, indent=2))
     else:
@@ -117,7 +119,7 @@ def _options() -> Namespace:
 
 def measure(options: Namespace, folder: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    with Ranks(options, folder) as ranks:
+    with Ranks(options.ranks, partial(_join, options), folder) as ranks:
         for precision in options.precision:
             about = ranks.ask("build", precision)[0]
             first = {way: ranks.ask("check", way) for way in options.way}
@@ -180,11 +182,17 @@ def _uneven(ranks: Ranks, options: Namespace) -> list[dict[str, Any]]:
                 try:
                     row |= {"works": True, "error": ranks.ask("uneven", options.precision[0], way, missing)[0]}
                 except RankFailedError as failure:
-                    row["told"] = failure.last_words
+                    row["told"] = _last_words(failure)
                     failed.add(way)
                     ranks.restart()
             rows.append(row)
     return rows
+
+
+def _last_words(failure: RankFailedError) -> str:
+    lines = [line.strip() for line in failure.output.splitlines() if line.strip()]
+    errors = [line for line in lines if "what():" in line or "Error:" in line]
+    return f"exit code {failure.code}: " + (errors[-1] if errors else "".join(lines[-1:]))[:180]
 
 
 # ---- one way ----------------------------------------------------------------------------------------------------------
@@ -442,6 +450,13 @@ class Rank:
         return self._error(way, fewer if last else self.batches)
 
 
+def _join(options: Namespace, given: RankEnvironment) -> Rank:
+    traffic = Traffic()
+    world = join_world(options.device, TIMEOUT, given)
+    gc.freeze()  # else each collection walks through all that was imported
+    return Rank(world, options, traffic)
+
+
 class Traffic:
     """Counts the calls of torch.distributed and the bytes of their tensors; put in place before DeepSpeed takes its functions."""
 
@@ -525,116 +540,6 @@ def _stage(options: Namespace, precision: str) -> StageConfig:
             "checkpoint": {"every": {"steps": 500}},
         }
     )
-
-
-# ---- their processes --------------------------------------------------------------------------------------------------
-
-
-class RankFailedError(Exception):
-    """A rank has ended; the message holds the end of what it wrote."""
-
-    def __init__(self, rank: int, method: str, text: str, code: int | None) -> None:
-        super().__init__(f"rank {rank} failed at {method}, exit code {code}:\n{text[-3000:]}")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if "what():" in line or "Error:" in line]
-        self.last_words = f"exit code {code}: " + (errors[-1] if errors else "".join(lines[-1:]))[:180]
-
-
-class Ranks:
-    """The ranks' processes, which wait for words between measurements; leaving ends them.
-
-    Args:
-        options: The command's.
-        folder: Where they write what they print.
-    """
-
-    def __init__(self, options: Namespace, folder: Path) -> None:
-        self._options, self._folder, self._starts = options, folder, 0
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
-
-    def _start(self) -> None:
-        context, port, size = multiprocessing.get_context("spawn"), free_port(), self._options.ranks
-        self._starts += 1
-        self._logs = [self._folder / f"start-{self._starts}-rank-{rank}.txt" for rank in range(size)]
-        for rank, log in enumerate(self._logs):
-            given = RankEnvironment("torchrun", rank, size, rank, size, "127.0.0.1", port)
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, given, self._options, log), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def restart(self) -> None:
-        """Ends these processes; the next word starts others."""
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._pipes.clear()
-        self._processes.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            for pipe in self._pipes:
-                pipe.send(None)
-            for process in self._processes:
-                process.join()
-        self.restart()
-        if isinstance(error, RankFailedError):
-            raise SystemExit(str(error)) from None
-
-    def ask(self, method: str, *arguments: Any) -> list[Any]:
-        """Calls a method of each `Rank`; their answers, by rank.
-
-        Raises:
-            RankFailedError: A rank has ended instead of answering.
-        """
-        if not self._processes:
-            self._start()
-        for pipe in self._pipes:
-            with contextlib.suppress(BrokenPipeError):  # it has failed already: `recv` says so
-                pipe.send((method, arguments))
-        answers: dict[int, Any] = {}
-        while len(answers) < len(self._pipes):
-            for ready in wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]):
-                rank = self._pipes.index(ready)  # type: ignore[arg-type]
-                try:
-                    answers[rank] = self._pipes[rank].recv()
-                except (EOFError, ConnectionResetError):
-                    self._processes[rank].join()
-                    text, code = self._logs[rank].read_text(errors="replace"), self._processes[rank].exitcode
-                    raise RankFailedError(rank, method, text, code) from None
-        return [answers[rank] for rank in range(len(self._pipes))]
-
-
-def _serve(pipe: Connection, given: RankEnvironment, options: Namespace, log: Path) -> None:
-    """A rank's whole life; what it and DeepSpeed print goes to `log`."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
-    code = 1
-    try:
-        traffic = Traffic()
-        world = join_world(options.device, TIMEOUT, given)
-        gc.freeze()  # else each collection walks through all that was imported
-        rank = Rank(world, options, traffic)
-        while (word := pipe.recv()) is not None:
-            method, arguments = word
-            pipe.send(getattr(rank, method)(*arguments))
-        leave_world()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as a real rank ends, and for its reason
 
 
 # ---- for people -------------------------------------------------------------------------------------------------------

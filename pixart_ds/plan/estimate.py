@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pixart_ds.config.load import find_recipe, load_chain, load_stage, read_layers
 from pixart_ds.config.schema import ChainConfig, StageConfig
+from pixart_ds.errors import MachineError
 from pixart_ds.plan import counts
 from pixart_ds.plan.counts import BYTES, Net
 from pixart_ds.plan.fit import GIB, as_recipe, cluster_of, fastest, option, too_large, usable_bytes
@@ -162,11 +164,18 @@ def estimate(recipe: str, overrides: Sequence[str], machines: Machines) -> dict[
         stage = load_stage(recipe, overrides)
         values = estimate_stage(stage, machines)
         if not values["fits"]:
-            cluster, net = machines.cluster(stage), Net.of(stage.model)
-            raise too_large(stage, machines.name, option(stage, net, net.depth, cluster, 1), cluster)
+            raise _refusal(stage, machines)
         return {"kind": "stage", **values, **check, **_grounds([stage], machines)}
     chain = load_chain(recipe, overrides)
     return {"kind": "chain", **_chain(chain, machines), **check, **_grounds(chain.stages, machines)}
+
+
+def _refusal(stage: StageConfig, machines: Machines) -> MachineError:
+    cluster, net = machines.cluster(stage), Net.of(stage.model)
+    return too_large(stage, machines.name, option(stage, net, net.depth, cluster, 1), cluster)
+
+
+_TOTALS = ("gpu_days", "days", "dollars", "kwh", "kg_co2e")
 
 
 def _chain(chain: ChainConfig, machines: Machines) -> dict[str, Any]:
@@ -180,8 +189,115 @@ def _chain(chain: ChainConfig, machines: Machines) -> dict[str, Any]:
         "chain": chain.name,
         "gpu": machines.name,
         "stages": stages,
-        **{f"total_{key}": total(key) for key in ("gpu_days", "days", "dollars", "kwh", "kg_co2e")},
+        **{f"total_{key}": total(key) for key in _TOTALS},
         "paper_gpu_days": sum(papers) if papers else None,
+    }
+
+
+# ---- a range of sizes --------------------------------------------------------------------------------------------------
+
+
+MOST_SIZES = 16
+"""Sizes that a range of nodes is given at most."""
+
+
+def sizes_between(fewest: int, most: int) -> list[int]:
+    """Numbers of nodes from `fewest` to `most`: all, or of more than 16 both ends and the multiples of some number between.
+
+    Multiples, of the smallest number that leaves no more than 16, because round numbers are what people ask a cluster for.
+    """
+    for step in itertools.count(max(1, (most - fewest) // (MOST_SIZES - 1))):  # any smaller one leaves more
+        between = range(fewest // step * step + step, most, step)
+        if len(between) <= MOST_SIZES - 2:
+            break
+    return sorted({fewest, *between, most})
+
+
+def estimate_sizes(recipe: str, overrides: Sequence[str], machines: Machines, fewest: int, most: int) -> dict[str, Any]:
+    """What a recipe costs on each number of nodes from `fewest` to `most`, as JSON; `sizes` has a row for each.
+
+    A row's keys, values and units are those of the estimate for so many nodes. In a chain's they are totals, every stage on so many
+    nodes, and `too_large` names the stages that do not fit. In addition:
+
+    - `images_per_second`: of all GPUs together; a stage's only.
+    - `gpu_days_over_cheapest`: by which part it takes more GPU-days than the size that takes fewest.
+
+    Where a stage does not fit, `fits` is false, and time and cost are null.
+
+    Args:
+        recipe, overrides: As for `estimate`.
+        machines: All but the number of nodes.
+        fewest, most: Nodes; between far ends not every number gets a row (`sizes_between`).
+
+    Raises:
+        ConfigError: The recipe or an option is wrong.
+        MachineError: The stage does not fit these GPUs with any of these numbers of nodes. In a chain every row is marked instead.
+    """
+    sizes = [replace(machines, nodes=nodes) for nodes in sizes_between(fewest, most)]
+    stages: Sequence[StageConfig]
+    if "stages" in read_layers(find_recipe(recipe)):
+        chain = load_chain(recipe, overrides)
+        stages, values = chain.stages, _chain_sizes(chain, sizes)
+    else:
+        stage = load_stage(recipe, overrides)
+        stages, values = [stage], _stage_sizes(stage, sizes)
+    rows = values["sizes"]
+    cheapest = min((row["gpu_days"] for row in rows if row["fits"]), default=None)
+    for row in rows:
+        row["gpu_days_over_cheapest"] = row["gpu_days"] / cheapest - 1 if row["fits"] else None
+    return {
+        "kind": "sizes",
+        "fewest_nodes": fewest,
+        "most_nodes": most,
+        **values,
+        **held_against_paper(rate_table()),
+        **_grounds(stages, machines),
+    }
+
+
+_ALIKE = (
+    "stage",
+    "gpu",
+    "gpus_per_node",
+    "precision",
+    "steps",
+    "images",
+    "global_batch_size",
+    "paper_gpus",
+    "paper_gpu_days",
+)
+_OF_A_SIZE = ("nodes", "gpus", "images_per_gpu_and_step", "memory_bytes", "usable_bytes", "fits", *_COST)
+_OF_A_WAY = ("checkpointed_blocks", "micro_batch_size", "micro_batches")
+
+
+def _stage_sizes(stage: StageConfig, sizes: Sequence[Machines]) -> dict[str, Any]:
+    made = [estimate_stage(stage, size) for size in sizes]
+    if not any(each["fits"] for each in made):
+        raise _refusal(stage, sizes[-1])  # most ranks, so smallest shards: the one that lacks least
+    return {**{key: made[0][key] for key in _ALIKE}, "sizes": [_stage_row(each) for each in made]}
+
+
+def _stage_row(made: dict[str, Any]) -> dict[str, Any]:
+    way = {key: made["chosen"][key] if made["fits"] else None for key in _OF_A_WAY}
+    rate = made["global_batch_size"] / made["step_seconds"]["total"] if made["fits"] else None
+    return {**{key: made[key] for key in _OF_A_SIZE}, **way, "images_per_second": rate}
+
+
+def _chain_sizes(chain: ChainConfig, sizes: Sequence[Machines]) -> dict[str, Any]:
+    made = [_chain(chain, size) for size in sizes]
+    alike = {key: made[0][key] for key in ("chain", "gpu", "paper_gpu_days")}
+    return {**alike, "sizes": [_chain_row(each) for each in made]}
+
+
+def _chain_row(made: dict[str, Any]) -> dict[str, Any]:
+    stages = made["stages"]
+    too_large = [each["stage"] for each in stages if not each["fits"]]
+    return {
+        "nodes": stages[0]["nodes"],
+        "gpus": max(each["gpus"] for each in stages),  # what the job holds; a stage may use fewer GPUs of each node
+        "fits": not too_large,
+        "too_large": too_large,
+        **{key: made[f"total_{key}"] for key in _TOTALS},
     }
 
 

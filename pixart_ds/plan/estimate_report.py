@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from typing import Any
 
@@ -9,9 +10,9 @@ WIDTH = 118
 
 
 def report(values: dict[str, Any]) -> str:
-    """The text of what `estimate.estimate` returns."""
-    body = _stage(values) if values["kind"] == "stage" else _chain(values)
-    return "\n".join([*_check(values), "", *body, "", *_assumptions(values["assumptions"]["lines"])])
+    """The text of what `estimate.estimate` or `estimate.estimate_sizes` returns."""
+    body = {"stage": _stage, "chain": _chain, "sizes": _sizes}[values["kind"]]
+    return "\n".join([*_check(values), "", *body(values), "", *_assumptions(values["assumptions"]["lines"])])
 
 
 def _check(values: dict[str, Any]) -> list[str]:
@@ -41,8 +42,11 @@ def _stage(values: dict[str, Any]) -> list[str]:
 
 
 def _machines(values: dict[str, Any]) -> str:
-    nodes = "1 node" if values["nodes"] == 1 else f"{values['nodes']} nodes"
-    return f"{values['gpus']} × {values['gpu']} ({nodes} of {values['gpus_per_node']})"
+    return f"{values['gpus']} × {values['gpu']} ({_nodes(values['nodes'])} of {values['gpus_per_node']})"
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _work(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -178,6 +182,89 @@ def _chain(values: dict[str, Any]) -> list[str]:
 
 def _money(values: dict[str, Any]) -> str:
     return f"{_digits(values['dollars']):>10}{_digits(values['kwh'] / 1000):>8}{_digits(values['kg_co2e'] / 1000):>8}"
+
+
+def _sizes(values: dict[str, Any]) -> list[str]:
+    """What is the same for every number of nodes, a line for each, and what the columns mean."""
+    rows, of_chain = values["sizes"], "chain" in values
+    titles = _WAY_TITLES if not of_chain else []
+    lines = _aligned([["nodes", "GPUs", *titles, *_COST_TITLES], *(_size_cells(row, of_chain) for row in rows)])
+    for place, row in enumerate(rows, 1):
+        if not row["fits"]:
+            lines[place] += f"   does not fit: {_lack(row, of_chain)}"
+    return [*_sizes_head(values, of_chain), "", *lines, "", *_sizes_notes(values, of_chain)]
+
+
+_WAY_TITLES = ["samples", "micro-batches", "step, s", "images/s"]
+_COST_TITLES = ["days", "GPU-days", "dearer", "kWh", "kg CO2e", "$"]
+
+
+def _sizes_head(values: dict[str, Any], of_chain: bool) -> list[str]:
+    fewest, most = values["fewest_nodes"], values["most_nodes"]
+    nodes = _nodes(most) if fewest == most else f"{fewest} to {_nodes(most)}"
+    paper = "" if values["paper_gpu_days"] is None else f"; the paper's V100-days: {values['paper_gpu_days']:,.0f}"
+    if of_chain:
+        return [
+            f"Projection, never measured: {values['chain']} on {nodes} of {values['gpu']}, all stages together",
+            f"  each stage on as many nodes{paper}",
+        ]
+    on = f" on {values['paper_gpus']}" if paper else ""
+    return [
+        f"Projection, never measured: {values['stage']} on {nodes} of {values['gpus_per_node']} × {values['gpu']}, "
+        f"{values['precision']}",
+        f"  {values['steps']:,} steps × {values['global_batch_size']:,} = {values['images']:,} images, on any number of nodes"
+        f"{paper}{on}",
+    ]
+
+
+def _size_cells(row: dict[str, Any], of_chain: bool) -> list[str]:
+    cells = [str(row["nodes"]), str(row["gpus"])]
+    if not row["fits"]:
+        return cells
+    if not of_chain:
+        cells += [
+            f"{row['images_per_gpu_and_step']:,}",
+            f"{row['micro_batches']} × {row['micro_batch_size']}",
+            _digits(row["step_seconds"]["total"]),
+            _digits(row["images_per_second"]),
+        ]
+    over = row["gpu_days_over_cheapest"]
+    return [
+        *cells,
+        _digits(row["days"]),
+        _digits(row["gpu_days"]),
+        "cheapest" if over == 0 else f"{over:+.1%}",
+        *(_digits(row[key]) for key in ("kwh", "kg_co2e", "dollars")),
+    ]
+
+
+def _lack(row: dict[str, Any], of_chain: bool) -> str:
+    if of_chain:
+        return ", ".join(row["too_large"])
+    needed, usable = row["memory_bytes"]["total"] / 2**30, row["usable_bytes"] / 2**30
+    return f"one picture needs {needed:.1f} GiB of {usable:.1f}"
+
+
+def _sizes_notes(values: dict[str, Any], of_chain: bool) -> list[str]:
+    nodes = [row["nodes"] for row in values["sizes"]]
+    count = values["most_nodes"] - values["fewest_nodes"] + 1
+    notes = []
+    if len(nodes) < count:
+        step = nodes[2] - nodes[1]
+        notes.append(f"{len(nodes)} of {count:,} sizes: both ends, and the multiples of {step:,} between them")
+    if not of_chain:
+        notes.append(
+            "samples: the most that a rank runs in a step; micro-batches × samples of each: the fastest way that fits"
+        )
+        notes.append("images/s: of all GPUs together")
+    notes.append("dearer: in GPU-days, than the size that takes fewest; `--nodes N` shows one size in full")
+    return [f"  {note}" for note in notes]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Columns as wide as their widest cell, aligned to the right; a row may be shorter than the first."""
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    return ["".join(f"  {cell:>{width}}" for cell, width in zip(row, widths, strict=False)) for row in rows]
 
 
 def _assumptions(lines: list[str]) -> list[str]:

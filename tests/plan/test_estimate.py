@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,14 @@ from pixart_ds.engine.world import World
 from pixart_ds.errors import ConfigError, MachineError
 from pixart_ds.plan import counts
 from pixart_ds.plan.counts import Net
-from pixart_ds.plan.estimate import Machines, estimate, estimate_stage
+from pixart_ds.plan.estimate import (
+    MOST_SIZES,
+    Machines,
+    estimate,
+    estimate_sizes,
+    estimate_stage,
+    sizes_between,
+)
 from pixart_ds.plan.estimate_report import report
 from pixart_ds.plan.fit import (
     fastest,
@@ -320,6 +328,162 @@ def test_a_demo_stage_is_estimated_in_fp32() -> None:
     assert values["precision"] == "fp32"
     assert values["fits"]
     assert 0 < values["gpu_days"] < 0.1
+
+
+# ---- a range of nodes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fewest", [1, 2, 3, 8, 17, 64, 1000])
+def test_a_range_has_every_size_or_both_ends_and_multiples_between(fewest: int) -> None:
+    for most in (*range(fewest, fewest + 300), 10**6, 10**30):
+        sizes = sizes_between(fewest, most)
+        assert (sizes[0], sizes[-1]) == (fewest, most)
+        assert sizes == sorted(set(sizes))
+        if most - fewest < MOST_SIZES:
+            assert sizes == list(range(fewest, most + 1))
+        else:
+            step = sizes[2] - sizes[1]
+            assert len(sizes) <= MOST_SIZES < len(multiples(fewest, most, step - 1)) + 2, "no smaller step would do"
+            assert sizes[1:-1] == [*multiples(fewest, most, step)]
+
+
+def multiples(fewest: int, most: int, step: int) -> range:
+    """Those between two numbers, without the two."""
+    return range((fewest // step + 1) * step, most, step)
+
+
+def test_the_sizes_of_a_long_range_are_round() -> None:
+    assert sizes_between(1, 64) == [1, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 64]
+    assert sizes_between(4, 64) == [*range(4, 65, 4)]
+    assert sizes_between(4, 4) == [4]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stage2", "--nodes", "4-8"],
+        ["stage1", "--nodes", "1-3", "--gpus-per-node", "3", "--gpu", "a100-40gb", "--price", "2", "--country", "FRA"],
+        ["stage3_1024", "--nodes", "50-52", "--set", "length.steps=2000"],
+    ],
+)
+def test_a_row_of_a_stage_is_what_its_number_of_nodes_alone_says(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = answer(capsys, *words)
+    fewest, most = map(int, words[2].split("-"))
+    assert [row["nodes"] for row in values["sizes"]] == [*range(fewest, most + 1)]
+    for row in values["sizes"]:
+        alone = answer(capsys, words[0], "--nodes", str(row["nodes"]), *words[3:])
+        assert values.keys() & alone.keys() - {"kind"} >= {"stage", "steps", "precision", "assumptions", "table4"}
+        assert all(values[key] == alone[key] for key in values.keys() & alone.keys() - {"kind"})
+        own = row.keys() - {"images_per_second", "gpu_days_over_cheapest"}
+        assert {"gpus", "days", "gpu_days", "kwh", "kg_co2e", "dollars", "micro_batch_size", "micro_batches"} <= own
+        assert {key: row[key] for key in own} == {key: (alone["chosen"] | alone)[key] for key in own}
+        assert row["images_per_second"] == pytest.approx(alone["images_per_second_per_gpu"] * alone["gpus"])
+    days = [row["gpu_days"] for row in values["sizes"]]
+    assert [row["gpu_days_over_cheapest"] for row in values["sizes"]] == [each / min(days) - 1 for each in days]
+
+
+def test_a_row_of_a_chain_is_the_total_that_its_number_of_nodes_alone_says(capsys: pytest.CaptureFixture[str]) -> None:
+    values = answer(capsys, "chain", "--nodes", "3-4", "--set", "stage2.length.steps=1000")
+    assert [row["nodes"] for row in values["sizes"]] == [3, 4]
+    assert values["paper_gpu_days"] == 1656
+    for row in values["sizes"]:
+        alone = answer(capsys, "chain", "--nodes", str(row["nodes"]), "--set", "stage2.length.steps=1000")
+        assert {stage["gpus"] for stage in alone["stages"]} == {row["gpus"]}
+        for key in ("days", "gpu_days", "dollars", "kwh", "kg_co2e"):
+            assert row[key] == alone[f"total_{key}"]
+
+
+def test_one_number_of_nodes_is_no_range(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "sizes" not in answer(capsys, "stage2", "--nodes", "8")
+    assert len(answer(capsys, "stage2", "--nodes", "8-8")["sizes"]) == 1
+    texts = []
+    for words in (["stage2"], ["stage2", "--nodes", "8"]):  # the paper's 64 GPUs are 8 nodes
+        assert main(["estimate", *words]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ("8-4", "8-4: the range ends below its start; did you mean 4-8?"),
+        ("0-4", "0 is not at least 1"),
+        ("0", "0 is not at least 1"),
+        ("4-", "'4-' is neither a number of nodes (8) nor a range of them (4-8)"),
+        ("-4", "'-4' is neither"),
+        ("4-8-16", "'4-8-16' is neither"),
+        ("4..8", "'4..8' is neither"),
+        ("4 - 8", "'4 - 8' is neither"),
+        ("", "'' is neither"),
+    ],
+)
+def test_a_bad_range_is_refused(nodes: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["estimate", "stage2", f"--nodes={nodes}"])
+    assert end.value.code == 2
+    assert f"argument --nodes: {said}" in capsys.readouterr().err
+
+
+def lines_of_sizes(text: str) -> list[str]:
+    """The table of sizes in an answer for people: the line of titles and one for each size."""
+    lines = text.splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("  nodes  GPUs"))
+    return lines[start : lines.index("", start)]
+
+
+def test_the_table_of_a_stage_has_a_line_for_each_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "stage2", "--nodes", "4-8"]) == 0
+    text = capsys.readouterr().out
+    assert "Projection, never measured: stage2 on 4 to 8 nodes of 8 × v100-32gb, fp16" in text
+    assert (
+        "150,000 steps × 11,392 = 1,708,800,000 images, on any number of nodes; the paper's V100-days: 672 on 64"
+        in text
+    )
+    assert text.index("held against the paper") < text.index("Projection") < text.index("Assumptions")
+    titles, *rows = lines_of_sizes(text)
+    assert re.split(" {2,}", titles.strip()) == [
+        "nodes", "GPUs", "samples", "micro-batches", "step, s", "images/s",
+        "days", "GPU-days", "dearer", "kWh", "kg CO2e", "$",
+    ]  # fmt: skip
+    assert {len(line) for line in (titles, *rows)} == {len(titles)}
+    assert len(titles) <= 110
+    assert [row.split()[:2] for row in rows] == [[str(nodes), str(8 * nodes)] for nodes in range(4, 9)]
+    assert [row.split()[2:6] for row in (rows[0], rows[4])] == [["356", "6", "×", "60"], ["178", "3", "×", "60"]]
+    assert sum("cheapest" in row for row in rows) == 1
+    assert "sizes:" not in text
+
+
+def test_a_long_range_says_which_sizes_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "chain", "--nodes", "1-64"]) == 0
+    text = capsys.readouterr().out
+    assert "14 of 64 sizes: both ends, and the multiples of 5 between them" in text
+    titles, *rows = lines_of_sizes(text)
+    assert "micro-batches" not in titles
+    assert [row.split()[0] for row in rows] == [str(nodes) for nodes in sizes_between(1, 64)]
+    assert "each stage on as many nodes; the paper's V100-days: 1,656" in text
+
+
+def test_a_size_that_does_not_fit_is_a_line_and_if_none_does_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = ["model.hidden_size=1536"]
+    machines = Machines(gpu="v100-16gb", gpus_per_node=1)
+    values = estimate_sizes("stage3_1024", wide, machines, 1, 8)
+    fits = [row["fits"] for row in values["sizes"]]
+    assert fits == sorted(fits), "more ranks have smaller shards"
+    assert fits[-1]
+    assert not fits[0]
+    first = values["sizes"][0]
+    assert (first["gpu_days"], first["micro_batches"], first["gpu_days_over_cheapest"]) == (None, None, None)
+    assert min(row["gpu_days_over_cheapest"] for row in values["sizes"] if row["fits"]) == 0
+    lines = lines_of_sizes(report(values))
+    assert ["does not fit: one picture needs" in line for line in lines[1:]] == [not each for each in fits]
+    assert max(map(len, lines)) <= 110
+    chain = estimate_sizes("chain", [f"*.{text}" for text in wide], machines, 1, 1)
+    assert "stage3_1024" in chain["sizes"][0]["too_large"]
+    assert "does not fit: " + ", ".join(chain["sizes"][0]["too_large"]) in report(chain)
+    assert main(["estimate", "stage2", "--nodes", "1-2", "--gpu", "v100-16gb", "--set", "model.hidden_size=4608"]) == 3
+    assert "stage2 does not fit v100-16gb: one picture at a time" in capsys.readouterr().err
 
 
 def test_help_names_every_option_and_needs_no_heavy_library() -> None:
