@@ -7,10 +7,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixart_ds import __version__
 from pixart_ds.errors import EXIT_CHECKPOINT, EXIT_DATA, EXIT_DONE, PixArtError
+
+if TYPE_CHECKING:
+    from pixart_ds.cluster.requests import Requests
+    from pixart_ds.cluster.slurm import Slurm
+    from pixart_ds.layout import RunLayout
 
 _EPILOG = (
     "exit codes: 0 done, 2 your config, 3 your machine, 4 your data, 5 a checkpoint, 70 our bug, "
@@ -21,6 +26,7 @@ _EPILOG = (
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb; errors meant for people go to stderr, without a traceback."""
     options = _parser().parse_args(argv)
+    options.arguments = sys.argv[1:] if argv is None else argv
     try:
         code: int = options.handler(options)
         return code
@@ -142,7 +148,38 @@ def _parser() -> argparse.ArgumentParser:
         help="crashes in a row without a new checkpoint after which the ranks are started again (default: 3)",
     )
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    verb.add_argument(
+        "--tasks-per-node", type=_positive, metavar="N", help="ranks of the srun launcher on each node (default: GPUs)"
+    )
+    verb.add_argument(
+        "--warning",
+        type=_positive,
+        default=300,
+        metavar="SECONDS",
+        help="before the job's time limit, when all ranks save (default: 300)",
+    )
+    verb.add_argument(
+        "--successor",
+        action="store_true",
+        help="where Slurm's jobs cannot be requeued: keep a second job of the same name waiting behind this one",
+    )
+    _update_code(verb)
     _dry_run(verb)
+
+    verb = _add(verbs, "launch", _launch, "submit a stage's job to Slurm, for a site as its profile describes it")
+    verb.add_argument("stage", help="name of the stage")
+    verb.add_argument("--profile", required=True, help="path of a profile, or name of one in slurm/profiles/")
+    verb.add_argument(
+        "--run", type=Path, help="folder of the run (default: $RUN, else runs/first, as in slurm/setup.sh)"
+    )
+    verb.add_argument("--nodes", help="8, or 4-8 for what can be had between the two")
+    verb.add_argument("--time", help="limit of one attempt, as sbatch reads it: HH:MM:SS, D-HH:MM:SS, minutes")
+    for name in ("partition", "account", "qos", "constraint"):
+        verb.add_argument(f"--{name}", help="in place of the profile's")
+    _sets(verb, "execution.KEY=VALUE")
+    _update_code(verb)
+    _dry_run(verb)
+    _json(verb)
 
     verb = _add(verbs, "status", _status, "where each stage of a run stands")
     verb.add_argument("run", type=Path)
@@ -259,6 +296,14 @@ def _json(verb: argparse.ArgumentParser) -> None:
 
 def _dry_run(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+
+
+def _update_code(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--update-code",
+        action="store_true",
+        help="run this code from now on, in place of the copy in the run's folder; recorded there",
+    )
 
 
 def _count(text: str) -> int:
@@ -407,27 +452,28 @@ def _change(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from pixart_ds.cluster.requests import Requests
+
+    requests = Requests()  # before anything slow: a signal meanwhile must be neither lost nor the end
+
     from pixart_ds.cluster.launchers import LocalLauncher, SrunLauncher
+    from pixart_ds.cluster.slurm import Slurm
     from pixart_ds.cluster.supervise import Timing, supervise
     from pixart_ds.config.freeze import create_run, open_run, override_execution, read_stage
     from pixart_ds.config.load import load_chain
-    from pixart_ds.layout import RunLayout
     from pixart_ds.log import ProgressBar
     from pixart_ds.train.preflight import preflight
 
-    if options.chain:
-        run = (
-            create_run(options.run, load_chain(options.chain), options.chain)
-            if not options.dry_run
-            else RunLayout(options.run)
-        )
-    run = open_run(options.run)
+    if options.chain and not options.dry_run:
+        create_run(options.run, load_chain(options.chain), options.chain)
+    run, slurm = open_run(options.run), Slurm.of_this_job()
+    _run_frozen(run, slurm, requests, options)
     stage = override_execution(read_stage(run, options.stage), options.sets)
     preflight(run, stage, options.device)
     extra = [word for each in options.sets for word in ("--set", each)]
     launcher: LocalLauncher | SrunLauncher
     if options.launcher == "srun":
-        launcher = SrunLauncher(extra=extra)
+        launcher = SrunLauncher(extra=extra, tasks_per_node=options.tasks_per_node, slurm=slurm)
     else:
         launcher = LocalLauncher(options.processes or _default_processes(options.device), extra=extra)
     if options.dry_run:
@@ -442,9 +488,62 @@ def _train(options: argparse.Namespace) -> int:
             stage.name,
             launcher=launcher,
             device=options.device,
-            timing=Timing(retries=options.retries),
+            timing=Timing(retries=options.retries, walltime_margin_s=float(options.warning)),
             deadlines=stage.execution.deadlines,
+            requests=requests,
+            slurm=slurm,
+            successor=options.successor,
         )
+
+
+def _run_frozen(run: RunLayout, slurm: Slurm | None, requests: Requests, options: argparse.Namespace) -> None:
+    """Becomes the run's own copy of the code, if it has one; a job makes it at its first start."""
+    from pixart_ds.cluster import frozen
+
+    if options.dry_run:
+        return
+    if slurm is None and not options.update_code:
+        code = frozen.current(run)
+    else:
+        by = "train" if slurm is None else f"job {slurm.job}"
+        code = frozen.freeze(run, by, update=options.update_code)
+        if code.new:
+            print(f"the code is frozen into the run: {code}; later changes need --update-code", flush=True)
+    if code is not None and not frozen.runs_here(code):
+        arguments = [each for each in options.arguments if each != "--update-code"]
+        frozen.replace_process(code, arguments, requests.hold())
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from pixart_ds.cluster.submit import launch, with_options
+    from pixart_ds.config.freeze import open_run, override_execution, read_stage
+    from pixart_ds.config.profile import load_profile
+    from pixart_ds.train.preflight import preflight
+
+    names = ("nodes", "time", "partition", "account", "qos", "constraint")
+    given = {name: getattr(options, name) for name in names}
+    profile = with_options(load_profile(options.profile), options.stage, given, "the command line")
+    run = open_run(options.run or Path(os.environ.get("RUN", "runs/first")))
+    stage = override_execution(read_stage(run, options.stage), options.sets)
+    preflight(run, stage, profile.device)
+    done = launch(run, stage, profile, options.sets, dry_run=options.dry_run, update_code=options.update_code)
+    if options.json:
+        _print_json(done.to_json())
+        return EXIT_DONE
+    if options.dry_run:
+        print(done.text, end="")
+    for number, job in enumerate(done.jobs):
+        waits = (
+            " waits behind it"
+            if number
+            else f": {done.spec.name} on {done.spec.nodes} nodes, {done.spec.time} an attempt"
+        )
+        print(f"job {job}{waits}")
+    if done.jobs:
+        print(f"code {done.code}; its output: {run.stage(stage.name).submissions / done.jobs[0]}.out")
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return EXIT_DONE
 
 
 def _default_processes(device: str) -> int:

@@ -27,6 +27,16 @@ class RunLayout:
     def export(self) -> Path:
         return self.root / "export"
 
+    @property
+    def code(self) -> Path:
+        """Folder of the frozen copies of the code that attempts run."""
+        return self.root / "code"
+
+    @property
+    def bad_nodes(self) -> Path:
+        """Nodes of the cluster that jobs of this run leave out for a while, a line each."""
+        return self.root / "bad-nodes.jsonl"
+
     def stage(self, name: str) -> StageLayout:
         return StageLayout(self.root / name)
 
@@ -54,6 +64,11 @@ class StageLayout:
     def skips(self) -> Path:
         """The images that are left out because training went wrong there."""
         return self.root / "skips.json"
+
+    @property
+    def submissions(self) -> Path:
+        """Folder of the job scripts that were submitted, and of what they print."""
+        return self.root / "submissions"
 
     @property
     def stop_request(self) -> Path:
@@ -178,7 +193,16 @@ class AttemptLayout:
         return self.root / f"hang-l{launch:02d}.json"
 
     def rank_log(self, launch: int, rank: int) -> Path:
+        """What a rank printed; under srun rank 0 alone has one."""
         return self.root / f"rank-{rank:05d}-l{launch:02d}.txt"
+
+    def node_log(self, launch: int, node: str) -> Path:
+        """What the other ranks of a node printed, each line with its rank in front: `13: …`."""
+        return self.root / f"node-{node}-l{launch:02d}.txt"
+
+    def srun_log(self, launch: int) -> Path:
+        """What srun itself said: which task ended how, on which node."""
+        return self.root / f"srun-l{launch:02d}.txt"
 
 
 @dataclass(frozen=True, order=True)
@@ -198,6 +222,9 @@ class CheckpointName:
         found = _CHECKPOINT.fullmatch(name)
         return cls(*map(int, found.groups())) if found else None
 
+
+FROZEN_NAME = "frozen.json"
+"""Of a frozen copy of the code: what it was copied from."""
 
 MANIFEST_NAME = "manifest.json"
 """Of a checkpoint."""

@@ -1,20 +1,29 @@
-# Sourced by every job of this folder. Edit this file for your site; the jobs themselves need their #SBATCH lines edited only.
+# Shared set-up, sourced by every job of this folder and by those that `pixart-ds launch` submits.
 
 # The run: a folder that all nodes see. Make it once: pixart-ds create "$RUN" --chain chain --set 'stage2.data.sets=[{path: …}]'
 export RUN=${RUN:-$SLURM_SUBMIT_DIR/runs/first}
 
-# Software. Modules of your site, then the environment that `make setup` (or pip) made.
+# Software. Modules of your site here (in a profile: `setup`), then the environment that `make setup` (or pip) made.
 # module load cuda/12.6
 source "${VENV:-$SLURM_SUBMIT_DIR/.venv}/bin/activate"
 
-# One thread for each rank: the loader's threads and torch's would otherwise take each other's cores.
+# A few threads for each rank: the loader's and torch's would otherwise take each other's cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
-# NCCL ends a collective whose peer is gone instead of waiting for ever, so that a lost node ends the launch.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-# Set the interface if nodes have several and NCCL picks a slow one:
+# Where the ranks meet (MASTER_ADDR, MASTER_PORT) and how many share a node (LOCAL_WORLD_SIZE) is not set here: each task derives it
+# from what Slurm says of its own step, so that it is right after a node was lost and for a second start of the ranks, whose port must
+# be another one. Values that you export would win.
+
+# NCCL: a rank whose peer is gone raises an error instead of waiting for ever, so that a lost node ends the launch.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+# Warnings tell which link or interface failed; INFO would write thousands of lines at each start.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# Where nodes have several interfaces and NCCL picks a slow one (in a profile: `environment`):
 # export NCCL_SOCKET_IFNAME=ib0
 # Without InfiniBand: export NCCL_IB_DISABLE=1
 
-# Nothing is fetched from a hub inside a job.
-export HF_HUB_OFFLINE=1
+# Compute nodes often have no way to a hub, and a job must not wait for one.
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+# From here on until the supervisor listens (a moment) the warning is ignored; it asks Slurm itself for time limit and preemption.
+trap '' USR1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from pixart_ds.cluster.slurm import Slurm
 from pixart_ds.engine.environment import PARENT_PID, RankEnvironment, free_port
-from pixart_ds.errors import MachineError
+from pixart_ds.errors import EXIT_BUG, MachineError
 from pixart_ds.layout import AttemptLayout
 
 RANK_MODULE = (sys.executable, "-m", "pixart_ds.train.rank")
@@ -37,6 +40,29 @@ class LaunchRequest:
         ]
 
 
+@dataclass(frozen=True)
+class Failed:
+    """The first rank that ended with an error.
+
+    Attributes:
+        rank: Which; None where its whole node was lost.
+        code: Its exit code; negative: the signal that killed it.
+        node: Where it ran.
+    """
+
+    rank: int | None
+    code: int
+    node: str
+
+    def __str__(self) -> str:
+        if self.rank is None:
+            return f"the node {self.node} was lost"
+        how = (
+            f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"ended with exit code {self.code}"
+        )
+        return f"rank {self.rank} on {self.node} {how}"
+
+
 class Ranks(Protocol):
     """The ranks of one launch, running."""
 
@@ -49,12 +75,16 @@ class Ranks(Protocol):
         """Passes a signal to every rank that is alive."""
         ...
 
-    def failed(self) -> tuple[int, int] | None:
-        """(rank, exit code) of the first rank that ended with an error, or None."""
+    def failed(self) -> Failed | None:
+        """The first rank that ended with an error, or None."""
         ...
 
     def alive(self) -> bool:
         """Whether any rank still runs."""
+        ...
+
+    def log_of(self, rank: int) -> Path:
+        """The file with a rank's output."""
         ...
 
     def last_words(self, rank: int) -> str:
@@ -105,23 +135,28 @@ class SrunLauncher:
 
     Args:
         extra: Further arguments for each rank.
-        gpus_per_node: Tasks on each node; by default what Slurm says of the allocation.
+        tasks_per_node: By default one for each GPU, as Slurm says of the allocation.
         srun: The program.
+        environment: Of the job's script.
+        slurm: Asked at each start how many nodes are left; without it the environment's number counts.
+        command: What a rank runs before its arguments.
     """
 
     extra: Sequence[str] = ()
-    gpus_per_node: int | None = None
+    tasks_per_node: int | None = None
     srun: str = "srun"
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    slurm: Slurm | None = None
+    command: Sequence[str] = RANK_MODULE
 
     def __str__(self) -> str:
-        return "srun, one task for each GPU"
+        return "srun, one task for each GPU" if self.tasks_per_node is None else f"srun, {self.tasks_per_node} a node"
 
     def tasks(self) -> tuple[int, int]:
-        """(nodes, tasks on each) of this allocation.
+        """(nodes, tasks on each) of this allocation as it is now.
 
         Raises:
-            MachineError: This is no Slurm allocation, or it has no GPUs.
+            MachineError: This is no Slurm allocation, it has no GPUs, or Slurm is taking it down.
         """
         nodes = self.environment.get("SLURM_JOB_NUM_NODES")
         if nodes is None:
@@ -129,19 +164,30 @@ class SrunLauncher:
                 "this is no Slurm allocation (SLURM_JOB_NUM_NODES is not set)",
                 remedy="submit it: sbatch slurm/STAGE.sbatch; or use --launcher local",
             )
-        each = self.gpus_per_node or _gpus_per_node(self.environment)
+        each = self.tasks_per_node or _gpus_per_node(self.environment)
         if not each:
             raise MachineError("the allocation has no GPUs", remedy="ask for them: #SBATCH --gres=gpu:8")
-        return int(nodes), each
+        state = None if self.slurm is None else self.slurm.state()
+        return (int(nodes) if state is None else state.num_nodes), each
 
-    def argv(self, request: LaunchRequest) -> list[str]:
+    def argv(self, request: LaunchRequest, nodes: int, each: int) -> list[str]:
         """The whole command line. The wrapper ignores signals until the rank has its handlers, and names the rank."""
-        nodes, each = self.tasks()
-        output = request.attempt.root / f"rank-%5t-l{request.launch:02d}.txt"
+        output = request.attempt.node_log(request.launch, "%N")
+        cpus = self.environment.get("SLURM_CPUS_ON_NODE", "")
         return [
             *(self.srun, f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}"),
-            *("--kill-on-bad-exit=1", "--wait=60", f"--output={output}", "--open-mode=append"),
-            *(sys.executable, "-m", "pixart_ds.cluster.task"),
+            # said again here: a step does not inherit it, and its tasks would share one core each
+            *([f"--cpus-per-task={max(1, int(cpus) // each)}"] if cpus.isdigit() else []),
+            *(
+                "--kill-on-bad-exit=1",
+                "--wait=60",
+                "--unbuffered",
+                "--label",
+                f"--output={output}",
+                "--open-mode=append",
+            ),
+            *(sys.executable, "-m", "pixart_ds.cluster.task", str(request.attempt.rank_log(request.launch, 0))),
+            *self.command,
             *request.arguments(),
             *self.extra,
         ]
@@ -149,7 +195,7 @@ class SrunLauncher:
     def start(self, request: LaunchRequest, output: TextIO) -> SrunRanks:
         """See `Launcher`."""
         nodes, each = self.tasks()
-        return SrunRanks(self.argv(request), self.environment, nodes * each, request, output)
+        return SrunRanks(self.argv(request, nodes, each), self.environment, nodes * each, request, output, self.slurm)
 
 
 def _gpus_per_node(environment: Mapping[str, str]) -> int:
@@ -165,7 +211,7 @@ class LocalRanks:
     def __init__(self, request: LaunchRequest, output: TextIO) -> None:
         self._request, self._output = request, output
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._first_failure: tuple[int, int] | None = None
+        self._first_failure: Failed | None = None
         self._tail: Tail | None = None
 
     @property
@@ -188,12 +234,13 @@ class LocalRanks:
             if process.poll() is None:
                 process.send_signal(number)
 
-    def failed(self) -> tuple[int, int] | None:
+    def failed(self) -> Failed | None:
         codes = [process.poll() for process in self._processes]
         if self._first_failure is None:
             bad = [(rank, code) for rank, code in enumerate(codes) if code]
-            # a rank that was killed or raised comes before its peers, which lose the connection a moment later
-            self._first_failure = min(bad, key=lambda item: (item[1] == 70, item[0])) if bad else None
+            if bad:  # a rank that was killed or raised comes before its peers, which lose the connection a moment later
+                rank, code = min(bad, key=lambda item: (item[1] == EXIT_BUG, item[0]))
+                self._first_failure = Failed(rank, code, socket.gethostname())
         return self._first_failure
 
     def alive(self) -> bool:
@@ -202,8 +249,38 @@ class LocalRanks:
             self._tail.finish()
         return running
 
+    def log_of(self, rank: int) -> Path:
+        return self._request.attempt.rank_log(self._request.launch, rank)
+
     def last_words(self, rank: int) -> str:
-        return tail_of(self._request.attempt.rank_log(self._request.launch, rank))
+        return tail_of(self.log_of(rank))
+
+
+_TASK_FAILED = re.compile(r"error: (?P<node>[^\s:]+): tasks? (?P<rank>\d+)[^:]*: (?P<how>.+)")
+_NODE_FAILED = re.compile(r"error: Node failure on (?P<node>\S+)")
+_SRUN_SECONDS = 15.0
+"""For srun to end its tasks, before it is killed itself."""
+
+
+def parse_srun(text: str) -> Failed | None:
+    """The first failure that srun told of.
+
+    Its lines are `srun: error: n2: task 13: Exited with exit code 3`, `…: tasks 1-4: Killed`, `srun: error: Node failure on n4`.
+    """
+    for line in text.splitlines():
+        if found := _NODE_FAILED.search(line):
+            return Failed(None, EXIT_BUG, found["node"].rstrip(",."))
+        if found := _TASK_FAILED.search(line):
+            return Failed(int(found["rank"]), _code(found["how"]), found["node"])
+    return None
+
+
+def _code(how: str) -> int:
+    """An exit code from srun's words: `Exited with exit code 3`, or a signal as the C library names it."""
+    if number := re.search(r"exit code (\d+)", how):
+        return int(number[1])
+    said = how.removesuffix(" (core dumped)").strip()
+    return next((-number for number in signal.Signals if signal.strsignal(number) == said), EXIT_BUG)
 
 
 class SrunRanks:
@@ -216,20 +293,46 @@ class SrunRanks:
         world_size: int,
         request: LaunchRequest,
         output: TextIO,
+        slurm: Slurm | None = None,
     ) -> None:
         self.world_size = world_size
-        self._request = request
-        self._process = subprocess.Popen(argv, env=environment)
-        self._tail = Tail(request.attempt.rank_log(request.launch, 0), output)
+        self._request, self._slurm = request, slurm
+        self._told = request.attempt.srun_log(request.launch)
+        self._told_bytes = 0
+        self._failed: Failed | None = None
+        self._kill_at: float | None = None
+        with open(self._told, "ab") as errors:
+            self._process = subprocess.Popen(argv, env=environment, stderr=errors)
+        self._tail = Tail(self.log_of(0), output)
 
     def send(self, number: signal.Signals) -> None:
-        """srun hands SIGUSR1 and SIGUSR2 to every task; SIGTERM would end srun itself."""
-        if self._process.poll() is None:
+        """srun hands SIGUSR1 and SIGUSR2 to every task; SIGTERM makes it kill them, and other signals go through Slurm."""
+        if self._process.poll() is not None:
+            return
+        if number == signal.SIGKILL:
+            self._kill()
+        elif number == signal.SIGQUIT and self._slurm is not None:
+            self._slurm.signal_steps("QUIT")
+        else:
             self._process.send_signal(signal.SIGUSR1 if number == signal.SIGTERM else number)
 
-    def failed(self) -> tuple[int, int] | None:
-        code = self._process.poll()
-        return (0, code) if code else None
+    def _kill(self) -> None:
+        """Has srun kill all tasks; killed itself, it would leave them running."""
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + _SRUN_SECONDS
+            self._process.send_signal(signal.SIGTERM)
+        elif time.monotonic() > self._kill_at:
+            self._process.kill()
+
+    def failed(self) -> Failed | None:
+        if self._failed is None:
+            size = self._told.stat().st_size
+            if size > self._told_bytes:  # srun tells of a task's end long before its own
+                self._told_bytes = size
+                self._failed = parse_srun(self._told.read_text(encoding="utf-8", errors="replace"))
+            if self._failed is None and (code := self._process.poll()):
+                self._failed = Failed(0, code, socket.gethostname())
+        return self._failed
 
     def alive(self) -> bool:
         running = self._process.poll() is None
@@ -237,11 +340,31 @@ class SrunRanks:
             self._tail.finish()
         return running
 
+    def log_of(self, rank: int) -> Path:
+        """Rank 0's own file, else that of the node where the rank's label is found."""
+        attempt, launch = self._request.attempt, self._request.launch
+        if rank != 0:
+            for path in sorted(attempt.root.glob(attempt.node_log(launch, "*").name)):
+                if _labelled(path, rank):
+                    return path
+        return attempt.rank_log(launch, 0)
+
     def last_words(self, rank: int) -> str:
-        return tail_of(self._request.attempt.rank_log(self._request.launch, rank))
+        path = self.log_of(rank)
+        own = _labelled(path, rank) if rank else tail_of(path).splitlines()
+        return "\n".join(own[-_LAST_LINES:]) or tail_of(self._told)
 
 
-def tail_of(path: Path, lines: int = 15) -> str:
+_LAST_LINES = 15
+
+
+def _labelled(path: Path, rank: int) -> list[str]:
+    """The lines that srun's --label gave to a rank."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return re.findall(rf"^\s*0*{rank}: (.*)$", text, re.MULTILINE)
+
+
+def tail_of(path: Path, lines: int = _LAST_LINES) -> str:
     """The last lines of a file, or nothing."""
     if not path.exists():
         return ""

@@ -4,28 +4,29 @@ ended.
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TextIO, cast
 
 from pixart_ds import files
+from pixart_ds.cluster import afterwards
 from pixart_ds.cluster.launchers import Launcher, LaunchRequest, Ranks
 from pixart_ds.cluster.relaunch import Ending, Launch, delay_before_next
+from pixart_ds.cluster.requests import Requests
+from pixart_ds.cluster.requeue import cause_of
+from pixart_ds.cluster.slurm import Slurm, expand
 from pixart_ds.cluster.watch import Hang, PulseWatch
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.engine import line
-from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED
+from pixart_ds.errors import EXIT_BUG
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
-from pixart_ds.train.attempt import AttemptRecord, attempts_without_progress, images_committed
-from pixart_ds.train.stop import STOP_SIGNALS
+from pixart_ds.train.attempt import AttemptRecord, RankFailure, images_committed
+from pixart_ds.train.pulse import read_pulses
 
 _POLL_SECONDS = 0.1
 
@@ -53,33 +54,6 @@ class Timing:
     fruitless_attempts: int = 5
 
 
-class _Requests:
-    """What asks for a stop: signals that reached the supervisor, in their order, and the allocation's end."""
-
-    def __init__(self, walltime_margin_s: float) -> None:
-        self.names: list[str] = []
-        self._earlier = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self._stop_at = float(end) - walltime_margin_s if end.isdigit() else None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.names.append(signal.Signals(number).name)
-
-    def look(self) -> None:
-        """Notices that the walltime is near its end."""
-        if self._stop_at is not None and time.time() > self._stop_at:
-            self._stop_at = None
-            self.names.append("walltime")
-
-    @property
-    def first(self) -> str | None:
-        return self.names[0] if self.names else None
-
-    def restore(self) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-
-
 def supervise(
     run: Path,
     stage: str,
@@ -89,6 +63,9 @@ def supervise(
     output: TextIO = sys.stdout,
     timing: Timing | None = None,
     deadlines: DeadlinesConfig | None = None,
+    requests: Requests | None = None,
+    slurm: Slurm | None = None,
+    successor: bool = False,
 ) -> int:
     """Runs one attempt at a stage: one or several launches of the ranks.
 
@@ -100,41 +77,58 @@ def supervise(
         output: Where rank 0's lines and the supervisor's own go.
         timing: Of stops and relaunches.
         deadlines: When a rank is taken for stuck.
+        requests: What has asked for a stop so far.
+        slurm: The job of Slurm that this process is the script of.
+        successor: The site forbids requeueing: a job waits behind this one and goes on where it ends.
 
     Returns:
-        The exit code: 0 done, or requeued under Slurm; 75 stopped on request; 2 to 5 what a rank said of config, machine, data or
-        checkpoint; 70 anything else.
+        The exit code: 0 done, or put back into the queue; 75 stopped on request; 2 to 5 what a rank said of config, machine, data
+        or checkpoint; 70 anything else.
 
     Raises:
         ConfigError: A stop file lies there.
         MachineError: The stage runs already, or the disk refuses.
     """
-    log, timing = Log(stage, output), timing or Timing()
-    record = AttemptRecord.begin(RunLayout(run).stage(stage), device, log)
+    log, timing, requests = Log(stage, output), timing or Timing(), requests or Requests()
+    layout = RunLayout(run).stage(stage)
+    record = AttemptRecord.begin(layout, device, log)
     if record is None:
-        return EXIT_DONE
-    requests = _Requests(timing.walltime_margin_s)
+        return afterwards.nothing_to_do(slurm, log)
     try:
+        where = _tell_where(requests, slurm, record, timing, log)
+        if slurm is not None and successor:
+            afterwards.submit_successor(slurm, log)
         request = LaunchRequest(run, stage, record.attempt, 1, device)
         attempt = _Attempt(launcher, request, record, requests, timing, deadlines or DeadlinesConfig(), log, output)
+        attempt.slurm, attempt.where = slurm, where
         failure = attempt.run()
+        outcome = record.end(requests.first, failure)
+        if slurm is None:
+            return int(outcome["exit_code"])
+        job = afterwards.Job(slurm, RunLayout(run), stage, record.attempt.number, successor, log)
+        return afterwards.follow(job, outcome, requests.names, timing.fruitless_attempts)
     except OSError as cause:
         if (told := files.disk_error(cause, record.attempt.root)) is not None:
             raise told from cause
         raise
     finally:
         requests.restore()
-    outcome = record.end(requests.first, failure)
-    if outcome["exit_code"] == EXIT_STOPPED and (job := os.environ.get("SLURM_JOB_ID")):
-        fruitless = attempts_without_progress(RunLayout(run).stage(stage))
-        if fruitless < timing.fruitless_attempts:
-            return _requeue(job, log)
-        log.event(f"{fruitless} attempts in a row have saved nothing new: the job is not requeued; {outcome['cause']}")
-    return int(outcome["exit_code"])
 
 
-Failure = tuple[str, int]
-"""What went wrong, and an exit code that says of which kind it is."""
+def _tell_where(
+    requests: Requests, slurm: Slurm | None, record: AttemptRecord, timing: Timing, log: Log
+) -> dict[str, object]:
+    """Asks Slurm for nodes, GPUs and time, for the log and `env.json`."""
+    if slurm is None:
+        return {}
+    state = requests.watch_slurm(slurm, timing.walltime_margin_s)
+    if state is None:
+        log.event(f"job {slurm.job}: Slurm does not answer")
+        return {"job": slurm.job, "restarts": slurm.restarts}
+    left = "" if state.end is None else f", {max(0.0, state.end - time.time()) / 3600:.1f} h left"
+    where = f"{state.num_nodes} nodes {state.nodes}"
+    log.event(f"attempt {record.attempt.number}: job {slurm.job}, start {slurm.restarts + 1}, on {where}{left}")
+    return {"job": slurm.job, "restarts": slurm.restarts, "nodes": expand(state.nodes), "gres": state.gres}
 
 
 @dataclass
@@ -144,14 +138,16 @@ class _Attempt:
     launcher: Launcher
     request: LaunchRequest
     record: AttemptRecord
-    requests: _Requests
+    requests: Requests
     timing: Timing
     deadlines: DeadlinesConfig
     log: Log
     output: TextIO
+    slurm: Slurm | None = None
+    where: dict[str, object] = field(default_factory=dict)
     crash: _Crash | None = None
 
-    def run(self) -> Failure | None:
+    def run(self) -> RankFailure | None:
         """Starts the ranks until they are done, stopped, or not worth another start; what went wrong last, if anything."""
         layout = RunLayout(self.request.run).stage(self.request.stage)
         launches: list[Launch] = []
@@ -160,27 +156,40 @@ class _Attempt:
             failure = self._launch()
             number = self.request.launch
             ending = cast("Ending", self.record.ending(number, failure))
-            self.record.ranks_left(number, ending, failure and failure[0])
-            asked, code = self.requests.first is not None, failure and failure[1]
+            pulses = read_pulses(self.request.attempt, number)
+            stepped = any(each["images_seen"] is not None for each in pulses)
+            self.record.ranks_left(number, ending, failure, stepped)
+            if ending != "done":
+                self._ask_slurm()
+            asked, code = self.requests.first is not None, None if failure is None else failure.code
             launches.append(Launch(ending, asked, code, images_committed(layout) > before))
             delay = delay_before_next(launches, retries=self.timing.retries, backoff_s=self.timing.backoff_s)
             if delay is None or number >= line.MAX_LAUNCHES or not self._wait(delay):
                 return failure if ending == "failed" else None
-            why = "" if failure is None else f": {failure[0].splitlines()[0]}"
+            why = "" if failure is None else f": {failure.what.splitlines()[0]}"
             self.log.event(f"launch {number} {ending}{why}; launch {number + 1} goes on after {delay:.0f} s")
             self.request = LaunchRequest(
                 self.request.run, self.request.stage, self.request.attempt, number + 1, self.request.device
             )
 
-    def _launch(self) -> Failure | None:
+    def _ask_slurm(self) -> None:
+        """Ranks may have been signalled, or have lost their node, without a word to this process: then nothing is started again."""
+        if self.slurm is None or self.requests.names:
+            return
+        cause = cause_of(self.slurm.state(), self.slurm.restarts)
+        if cause not in ("asked", "no answer"):
+            self.requests.names.append(cause)
+
+    def _launch(self) -> RankFailure | None:
         ranks = self.launcher.start(self.request, self.output)
-        self.record.ranks_started(ranks.world_size, f"supervisor, {self.launcher}", self.request.launch)
+        launcher = f"supervisor, {self.launcher}"
+        self.record.ranks_started(ranks.world_size, launcher, self.request.launch, where=self.where)
         pulses = PulseWatch(self.request.attempt, self.request.launch, self.deadlines)
         started = time.monotonic()
         watch = _Watch(ranks, self.record, self.requests, self.timing, pulses)
         hang = watch.until_all_left(lambda first_step: self._tell_recovery(started, first_step))
         self.crash = _Crash(watch.failed_at, time.monotonic()) if watch.failed_at is not None else None
-        return _failure(ranks) if hang is None else self._told(hang)
+        return _failure(ranks) if hang is None else self._told(hang, ranks)
 
     def _tell_recovery(self, started: float, first_step: float) -> None:
         """Says how long it took from a crash to the next step, and where the time went."""
@@ -192,14 +201,15 @@ class _Attempt:
             f"{first_step - started:.1f} s from the start to the end of a step"
         )
 
-    def _told(self, hang: Hang) -> Failure:
+    def _told(self, hang: Hang, ranks: Ranks) -> RankFailure:
         """Keeps what was seen of ranks that hung; their stacks are in their logs."""
         attempt, launch = self.request.attempt, self.request.launch
-        logs = {each["rank"]: str(attempt.rank_log(launch, each["rank"])) for each in hang.seen}
+        logs = {each["rank"]: str(ranks.log_of(each["rank"])) for each in hang.seen}
         files.write_json(
             attempt.hang(launch), {"what": hang.what, "culprits": hang.culprits, "seen": hang.seen, "stacks_in": logs}
         )
-        return f"{hang.what}; the stacks of all threads are in the ranks' logs", EXIT_BUG
+        what = f"{hang.what}; the stacks of all threads are in the ranks' logs"
+        return RankFailure(what, EXIT_BUG, hang.culprits[0]["host"] if hang.culprits else None)
 
     def _wait(self, seconds: float) -> bool:
         """Waits, unless a stop is asked for meanwhile."""
@@ -223,7 +233,7 @@ class _Watch:
     """Waits for the ranks, passing requests on and keeping the heartbeat and the ledger fresh; ends ranks that hang."""
 
     def __init__(
-        self, ranks: Ranks, record: AttemptRecord, requests: _Requests, timing: Timing, pulses: PulseWatch
+        self, ranks: Ranks, record: AttemptRecord, requests: Requests, timing: Timing, pulses: PulseWatch
     ) -> None:
         self.ranks, self.record, self.requests, self.timing, self.pulses = ranks, record, requests, timing, pulses
         self._told = 0
@@ -271,20 +281,9 @@ class _Watch:
             self._told = asked
 
 
-def _failure(ranks: Ranks) -> Failure | None:
+def _failure(ranks: Ranks) -> RankFailure | None:
     """How the first rank that ended with an error did so, with its last words, and its exit code."""
     if (failed := ranks.failed()) is None:
         return None
-    rank, code = failed
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"rank {rank} {how}:\n{ranks.last_words(rank)}", code
-
-
-def _requeue(job: str, log: Log) -> int:
-    """Puts our own Slurm job back into the queue; Slurm then ends this process."""
-    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    if answer.returncode:
-        log.event(f"scontrol requeue {job} failed: {answer.stderr.strip()}")
-        return EXIT_STOPPED
-    log.event(f"job {job} is requeued")
-    return EXIT_DONE
+    words = "" if failed.rank is None else f":\n{ranks.last_words(failed.rank)}"
+    return RankFailure(f"{failed}{words}", failed.code, failed.node)

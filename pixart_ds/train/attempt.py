@@ -15,8 +15,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,28 @@ from pixart_ds.errors import (
     DataError,
     MachineError,
 )
-from pixart_ds.layout import AttemptLayout, StageLayout
+from pixart_ds.layout import FROZEN_NAME, AttemptLayout, CheckpointName, StageLayout
 from pixart_ds.ledger.book import open_entry, update_entry
 from pixart_ds.ledger.entries import Entry
 from pixart_ds.log import Log
 
 _BEAT_SECONDS = 5.0
 _FRESH_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """What ended a launch.
+
+    Attributes:
+        what: For people; the first line says it, the others are the rank's last words.
+        code: An exit code that says of which kind it is.
+        node: Where it happened, if that is known.
+    """
+
+    what: str
+    code: int
+    node: str | None = None
 
 
 class AttemptRecord:
@@ -85,13 +101,15 @@ class AttemptRecord:
             ) from cause
         return record
 
-    def ranks_started(self, world_size: int, launcher: str, launch: int = 1) -> None:
+    def ranks_started(
+        self, world_size: int, launcher: str, launch: int = 1, where: Mapping[str, object] | None = None
+    ) -> None:
         """Writes where and with what the attempt runs, and opens the launch's entry in the ledger.
 
-        Devices count from `begin` on, or from the end of the launch before.
+        Devices count from `begin` on, or from the end of the launch before. `where` is what the scheduler says of nodes and GPUs.
         """
         if launch == 1:
-            files.write_json(self.attempt.env, environment(world_size, self._device, launcher))
+            files.write_json(self.attempt.env, {**environment(world_size, self._device, launcher), **(where or {})})
         self._world_size = world_size
         started = self._began if self._entry is None else self._entry.until
         before = self._images_before if self._entry is None else self._entry.images_to
@@ -100,13 +118,16 @@ class AttemptRecord:
         )
         self._entry = open_entry(self.attempt, entry)
 
-    def ranks_left(self, launch: int, ending: str, cause: str | None) -> None:
-        """Closes a launch's entry, and remembers for `outcome.json` how it ended."""
+    def ranks_left(self, launch: int, ending: str, failure: RankFailure | None, stepped: bool) -> None:
+        """Closes a launch's entry, and remembers for `outcome.json` how it ended, and whether a step had been made."""
         assert self._entry is not None
         self._entry = self._entry.ended_as(ending, self._now(), _last_metrics(self.attempt))
         with self._disk("the ledger"):
             update_entry(self.attempt, self._entry)
-        told = {"launch": launch, "world_size": self._world_size, "ending": ending, "cause": cause}
+        told: dict[str, Any] = {"launch": launch, "world_size": self._world_size, "ending": ending, "cause": None}
+        if failure is not None:
+            told |= {"cause": failure.what, "code": failure.code, "node": failure.node}
+        told |= {"stepped": stepped}
         self.launches.append({**told, "started": _iso(self._entry.started), "ended": _iso(self._entry.until)})
 
     @contextmanager
@@ -147,12 +168,12 @@ class AttemptRecord:
             over.set()
             thread.join()
 
-    def end(self, asked: str | None, failure: tuple[str, int] | None) -> dict[str, Any]:
+    def end(self, asked: str | None, failure: RankFailure | None) -> dict[str, Any]:
         """Judges from the ranks' markers how the attempt ended, and writes it into ledger and `outcome.json`.
 
         Args:
             asked: Who asked for a stop first, if anyone.
-            failure: What went wrong, and the exit code of it.
+            failure: What went wrong, if anything did.
         """
         assert self._entry is not None
         outcome = self._judge(asked, failure)
@@ -169,7 +190,7 @@ class AttemptRecord:
         self._log.event(f"attempt {self.attempt.number}: {outcome['outcome']}{because}")
         return outcome
 
-    def _judge(self, asked: str | None, failure: tuple[str, int] | None) -> dict[str, Any]:
+    def _judge(self, asked: str | None, failure: RankFailure | None) -> dict[str, Any]:
         if self._layout.done.exists():  # written last of all: what a rank does afterwards takes nothing back
             return {"outcome": "done", "cause": None, "exit_code": EXIT_DONE}
         if self.attempt.stopped.exists():
@@ -177,10 +198,12 @@ class AttemptRecord:
             return {"outcome": "stopped", "cause": reason, "exit_code": EXIT_STOPPED}
         if (back := self._rolled_back()) is not None and failure is None:
             return {"outcome": "failed", "cause": f"sent back: {back}; start it again", "exit_code": EXIT_STOPPED}
-        cause, code = failure or ("the ranks left without a word: neither done nor stopped", EXIT_BUG)
+        failure = failure or RankFailure("the ranks left without a word: neither done nor stopped", EXIT_BUG)
         if asked:
-            return {"outcome": "failed", "cause": f"asked to stop ({asked}), but {cause}", "exit_code": EXIT_STOPPED}
-        return {"outcome": "failed", "cause": cause, "exit_code": code if code in EXITS_THAT_TELL else EXIT_BUG}
+            cause = f"asked to stop ({asked}), but {failure.what}"
+            return {"outcome": "failed", "cause": cause, "exit_code": EXIT_STOPPED}
+        code = failure.code if failure.code in EXITS_THAT_TELL else EXIT_BUG
+        return {"outcome": "failed", "cause": failure.what, "exit_code": code}
 
     def _rolled_back(self) -> str | None:
         """Why the guard sent the last launch back, if it did."""
@@ -188,7 +211,7 @@ class AttemptRecord:
         path = self.attempt.rolled_back(launch)
         return str(files.read_json(path)["reason"]) if path.exists() else None
 
-    def ending(self, launch: int, failure: tuple[str, int] | None) -> str:
+    def ending(self, launch: int, failure: RankFailure | None) -> str:
         """How a launch ended, from the ranks' markers."""
         if self._layout.done.exists():
             return "done"
@@ -273,12 +296,13 @@ def images_committed(layout: StageLayout) -> int:
 
 
 def attempts_without_progress(layout: StageLayout) -> int:
-    """How many attempts in a row, up to the newest that has ended, have committed nothing new."""
-    ended = [files.read_json(attempt.outcome) for attempt in layout.all_attempts() if attempt.outcome.exists()]
-    clocks = [0, *(outcome.get("images_committed", 0) for outcome in ended)]
-    count = 0
-    while count < len(ended) and clocks[-1 - count] <= clocks[-2 - count]:
-        count += 1
+    """How many attempts in a row, up to the newest, have committed nothing new; one that was killed counts, too."""
+    count, best = 0, 0
+    for attempt in layout.all_attempts():
+        names = [CheckpointName.parse(row["checkpoint"]) for row in files.read_json_lines(attempt.saves)]
+        clocks = [name.images_seen for name in names if name is not None]
+        count = 0 if max(clocks, default=0) > best else count + 1
+        best = max([best, *clocks])
     return count
 
 
@@ -311,7 +335,7 @@ def environment(world_size: int, device: str, launcher: str) -> dict[str, Any]:
         "launcher": launcher,
         "python": platform.python_version(),
         "package": __version__,
-        "commit": _commit(),
+        "commit": code_commit(),
         "versions": versions,
         "slurm": {name: value for name, value in os.environ.items() if name in _SLURM_NAMES},
     }
@@ -326,9 +350,12 @@ _SLURM_NAMES = (
 )
 
 
-def _commit() -> str | None:
-    """The checkout's commit, or None outside of one."""
-    here = Path(__file__).parent
+def code_commit() -> str | None:
+    """The commit that this code is of: of the checkout, or noted where it was frozen; None if neither says."""
+    here = Path(__file__).resolve().parents[2]
+    if (here / FROZEN_NAME).exists():
+        commit: str | None = files.read_json(here / FROZEN_NAME)["commit"]
+        return commit
     answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return answer.stdout.strip() if answer.returncode == 0 else None
 

@@ -32,7 +32,10 @@ class Pulse:
 
     def __init__(self, attempt: AttemptLayout, launch: int, rank: int, every_s: float = 2.0) -> None:
         self._path, self._every_s = attempt.pulse(rank), every_s
-        self._about = {"rank": rank, "launch": launch, "host": socket.gethostname(), "pid": os.getpid()}
+        host = (
+            os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        )  # as the scheduler calls it, where there is one
+        self._about = {"rank": rank, "launch": launch, "host": host, "pid": os.getpid()}
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._beats = 0

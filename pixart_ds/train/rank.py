@@ -23,7 +23,7 @@ from pixart_ds.engine.environment import PARENT_PID, RankEnvironment, read_envir
 from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, PixArtError
 from pixart_ds.layout import AttemptLayout, StageLayout
 from pixart_ds.log import Log
-from pixart_ds.train.attempt import AttemptRecord
+from pixart_ds.train.attempt import AttemptRecord, RankFailure
 from pixart_ds.train.pulse import Pulse
 from pixart_ds.train.stop import StopFlag
 
@@ -104,17 +104,17 @@ def _own_attempt(
     if number is None:
         leave_world()
         return EXIT_DONE
-    failure: tuple[str, int] | None = None
+    failure: RankFailure | None = None
     with record.kept() if record else nullcontext():
         try:
             train(layout.attempt(number))
         except Exception as error:
-            failure = (f"rank {world.rank} raised {type(error).__name__}: {error}", _tell(error))
+            failure = RankFailure(f"rank {world.rank} raised {type(error).__name__}: {error}", _tell(error))
     if record:
         outcome = record.end(stop.reason, failure)
         if given.launcher == "alone":
             return int(outcome["exit_code"])
-    return failure[1] if failure else EXIT_DONE
+    return failure.code if failure else EXIT_DONE
 
 
 def _tell(error: Exception) -> int:

@@ -288,11 +288,10 @@ class Training:
         self.log.event(f"{verdict.reason}: {verdict.window} are left out; training goes back to an earlier checkpoint")
 
     def _record_roll_back(self, verdict: Verdict, samples: Evidence) -> None:
-        number, config = (self.job.attempt.number, self.job.launch), self.stage.guard
-        if not is_highest(self.layout, number):
-            raise CheckpointError("a later attempt has taken this stage over", where=self.layout.attempts)
+        config = self.stage.guard
+        self._refuse_if_taken_over()
         records = read_records(self.layout)
-        about = {"reason": verdict.reason, "attempt": number[0], "launch": number[1]}
+        about = {"reason": verdict.reason, "attempt": self.job.attempt.number, "launch": self.job.launch}
         window = {"after": verdict.window.after, "upto": verdict.window.upto}
         marker = self.job.attempt.rolled_back(self.job.launch)
         files.write_json(marker, {**about, **window, "earlier": records, "samples": samples})
@@ -303,6 +302,11 @@ class Training:
                 remedy="look at the samples there and at the learning rate; lower it with `pixart-ds change`, or train in bf16",
             )
         record_window(self.layout, verdict.window, about)
+
+    def _refuse_if_taken_over(self) -> None:
+        """Raises CheckpointError if a later attempt or launch has begun: this one lives on, on a node that was given up."""
+        if not is_highest(self.layout, (self.job.attempt.number, self.job.launch)):
+            raise CheckpointError("a later attempt has taken this stage over", where=self.layout.attempts)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -316,6 +320,7 @@ class Training:
     def hand_over(self, loss: float | None) -> None:
         """Gives weights, EMA and lineage to the next stage, and marks this one done."""
         self._wait_for_commit()
+        on_first(self.world, self._refuse_if_taken_over)
         self.job.pulse.enter("save")
         about = {
             "stage": self.stage.name,

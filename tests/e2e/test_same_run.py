@@ -29,10 +29,13 @@ STEPS, CLOSE = 56, 50
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small(tmp_path_factory.mktemp("data"))
+
+
+def prepare_small(folder: Path) -> Path:
     """A small set with buckets, straddled passes (60 samples, batches of 32), and several row groups."""
     from pixart_ds.demo.pictures import write_pictures
 
-    folder = tmp_path_factory.mktemp("data")
     write_pictures(folder / "pictures", 60, seed=1)
     encoders = ROOT / "pixart_ds/demo/encoders"
     sets = [

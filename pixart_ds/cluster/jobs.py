@@ -1,0 +1,145 @@
+"""A stage's job, and the one rendering of it: for the files in slurm/ and for what `pixart-ds launch` submits."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixart_ds.config.profile import Profile
+from pixart_ds.config.schema import StageConfig
+
+_EXAMPLES = {"partition": "gpu", "account": "project", "constraint": "v100-32g"}
+"""What a person who edits a checked-in file is shown where the profile says nothing."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job finds its run and its code.
+
+    Attributes:
+        run: Folder of the run.
+        code: The run's frozen copy of the code.
+        venv: The environment that the job enters.
+        output: File of what the job's script prints; %j is its number.
+    """
+
+    run: Path
+    code: Path
+    venv: Path
+    output: Path
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A stage's job at a site.
+
+    Attributes:
+        stage: The stage, for its name and the paper's figures.
+        profile: The site.
+        place: Of one run; None for the checked-in files, which find everything where they are submitted.
+        sets: Overrides of `execution` that the stage is trained with, KEY=VALUE.
+    """
+
+    stage: StageConfig
+    profile: Profile
+    place: Place | None = None
+    sets: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the job; where jobs wait behind each other, those of one name do."""
+        run = "" if self.place is None else f"{self.place.run.name}-"
+        return f"pixart-{run}{self.stage.name}"
+
+    @property
+    def nodes(self) -> str:
+        return self.profile.nodes_of(self.stage.name, self.stage.paper_gpus)
+
+    @property
+    def time(self) -> str:
+        return self.profile.time_of(self.stage.name)
+
+    def render(self) -> str:
+        """The script for sbatch."""
+        return "\n".join([*self._header(), "", *self._body()]) + "\n"
+
+    def _header(self) -> Iterator[str]:
+        stage, profile = self.stage, self.profile
+        yield "#!/bin/bash"
+        paper = ""
+        if stage.paper_gpus is not None and stage.paper_gpu_days is not None:
+            paper = f"; the paper used {stage.paper_gpus} V100s for {stage.paper_gpu_days:g} GPU-days"
+        yield f"# {stage.name}: {stage.description}{paper}."
+        if self.place is None:
+            yield f"# From the top of the checkout: sbatch slurm/{stage.name}.sbatch. The run's folder and modules: slurm/setup.sh."
+            yield "# Edit partition, account, constraint and time below; or write a profile (slurm/profiles/): pixart-ds launch."
+        yield f"#SBATCH --job-name={self.name}"
+        for key in ("partition", "account", "qos", "constraint"):
+            value = getattr(profile, key)
+            if value is not None:
+                yield f"#SBATCH --{key}={value}"
+            elif self.place is None and key in _EXAMPLES:
+                yield f"##SBATCH --{key}={_EXAMPLES[key]}"
+        if self.place is None:
+            yield "# Nodes as MIN-MAX, such as 4-8: an attempt takes what it gets, the next one may have more."
+        yield f"#SBATCH --nodes={self.nodes}"
+        if profile.exclusive:
+            yield "#SBATCH --exclusive"
+        yield f"#SBATCH --gres={profile.gres or f'gpu:{profile.gpus_per_node}'}"
+        yield f"#SBATCH --time={self.time}"
+        for key, value in profile.sbatch.items():
+            if value is not False:
+                yield f"#SBATCH --{key}" + ("" if value is True else f"={value}")
+        yield f"#SBATCH --output={self.place.output if self.place else f'{self.name}-%j.out'}"
+        yield "# A preempted or requeued job starts again and resumes; its output goes on in the same file."
+        yield "#SBATCH --requeue" if profile.requeue else "#SBATCH --no-requeue"
+        yield "#SBATCH --open-mode=append"
+        yield f"# The batch process, which is the supervisor, is warned {_span(profile.warning_s)} before the end: all ranks save."
+        yield f"#SBATCH --signal=B:USR1@{profile.warning_s}"
+        yield "# A lost node ends the launch, not the job: the supervisor starts the ranks again on the nodes that are left."
+        yield "#SBATCH --no-kill"
+        if not profile.requeue:
+            yield "# Requeueing is forbidden here: a second job of this name waits behind the one that runs."
+            yield "#SBATCH --dependency=singleton"
+        yield "# No task counts here: they would freeze the number of nodes at the first start. The supervisor gives them to srun."
+
+    def _body(self) -> Iterator[str]:
+        place = self.place
+        yield "# A warning that comes before the supervisor listens is passed on to it; untrapped, it would kill the job."
+        yield "trap 'export PIXART_DS_ASKED=SIGUSR1' USR1"
+        if place is None:
+            yield 'source "$SLURM_SUBMIT_DIR/slurm/setup.sh"'
+        else:
+            yield f"export RUN={shlex.quote(str(place.run))}"
+            yield f"export VENV={shlex.quote(str(place.venv))}"
+        yield from self.profile.setup
+        for key, value in self.profile.environment.items():
+            yield f"export {key}={shlex.quote(str(value))}"
+        if place is not None:
+            yield f"source {shlex.quote(str(place.code / 'slurm' / 'setup.sh'))}"
+        yield " ".join(["exec", *self.command()])
+
+    def command(self) -> list[str]:
+        """The supervisor's command line, quoted for the shell."""
+        profile = self.profile
+        words = ["pixart-ds", "train", '"$RUN"', self.stage.name, "--launcher", "srun", "--device", profile.device]
+        if profile.tasks_per_node is not None:
+            words += ["--tasks-per-node", str(profile.tasks_per_node)]
+        if profile.warning_s != Profile.model_fields["warning_s"].default:
+            words += ["--warning", str(profile.warning_s)]
+        if not profile.requeue:
+            words += ["--successor"]
+        for each in (*self._cache(), *self.sets):
+            words += ["--set", shlex.quote(each)]
+        return words
+
+    def _cache(self) -> Iterator[str]:
+        if self.profile.cache is not None:
+            for key, value in self.profile.cache.model_dump(exclude_defaults=True).items():
+                yield f"execution.cache.{key}={value}"
+
+
+def _span(seconds: int) -> str:
+    return f"{seconds // 60} minutes" if seconds % 60 == 0 and seconds > 60 else f"{seconds} seconds"
