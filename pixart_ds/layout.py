@@ -200,6 +200,11 @@ class AttemptLayout:
         """What the other ranks of a node printed, each line with its rank in front: `13: …`."""
         return self.root / f"node-{node}-l{launch:02d}.txt"
 
+    @property
+    def guardian_log(self) -> Path:
+        """What the task said that watches over the job's script."""
+        return self.root / "guardian.txt"
+
     def srun_log(self, launch: int) -> Path:
         """What srun itself said: which task ended how, on which node."""
         return self.root / f"srun-l{launch:02d}.txt"

@@ -60,7 +60,7 @@ class Failed:
         how = (
             f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"ended with exit code {self.code}"
         )
-        return f"rank {self.rank} on {self.node} {how}"
+        return f"rank {self.rank} {how} on {self.node}"
 
 
 class Ranks(Protocol):

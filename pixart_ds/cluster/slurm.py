@@ -31,6 +31,7 @@ class JobState:
         nodes: What it holds now, as Slurm writes it: n[1-8].
         num_nodes: How many those are.
         gres: GPUs of each node, by their indices: n[1-2] → gpu:v100:8(IDX:0-7).
+        batch_host: The node that its script runs on.
     """
 
     state: str
@@ -41,6 +42,7 @@ class JobState:
     nodes: str
     num_nodes: int
     gres: dict[str, str]
+    batch_host: str
 
     @property
     def ended_by_time_limit(self) -> bool:
@@ -64,6 +66,7 @@ class JobState:
                 nodes="" if found["NodeList"] == "(null)" else found["NodeList"],
                 num_nodes=int(found["NumNodes"].split("-")[0]),
                 gres=dict(re.findall(r"Nodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)", text)),
+                batch_host=found.get("BatchHost", ""),
             )
         except KeyError as cause:
             raise ValueError(f"scontrol said {text[:200]!r}, without {cause.args[0]}") from cause

@@ -7,18 +7,18 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO, cast
 
 from pixart_ds import files
 from pixart_ds.cluster import afterwards
+from pixart_ds.cluster.allocation import Allocation
 from pixart_ds.cluster.launchers import Launcher, LaunchRequest, Ranks
 from pixart_ds.cluster.relaunch import Ending, Launch, delay_before_next
 from pixart_ds.cluster.requests import Requests
-from pixart_ds.cluster.requeue import cause_of
-from pixart_ds.cluster.slurm import Slurm, expand
+from pixart_ds.cluster.slurm import Slurm
 from pixart_ds.cluster.watch import Hang, PulseWatch
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.engine import line
@@ -90,45 +90,30 @@ def supervise(
         MachineError: The stage runs already, or the disk refuses.
     """
     log, timing, requests = Log(stage, output), timing or Timing(), requests or Requests()
-    layout = RunLayout(run).stage(stage)
-    record = AttemptRecord.begin(layout, device, log)
-    if record is None:
-        return afterwards.nothing_to_do(slurm, log)
-    try:
-        where = _tell_where(requests, slurm, record, timing, log)
-        if slurm is not None and successor:
-            afterwards.submit_successor(slurm, log)
-        request = LaunchRequest(run, stage, record.attempt, 1, device)
-        attempt = _Attempt(launcher, request, record, requests, timing, deadlines or DeadlinesConfig(), log, output)
-        attempt.slurm, attempt.where = slurm, where
-        failure = attempt.run()
-        outcome = record.end(requests.first, failure)
-        if slurm is None:
-            return int(outcome["exit_code"])
-        job = afterwards.Job(slurm, RunLayout(run), stage, record.attempt.number, successor, log)
-        return afterwards.follow(job, outcome, requests.names, timing.fruitless_attempts)
-    except OSError as cause:
-        if (told := files.disk_error(cause, record.attempt.root)) is not None:
-            raise told from cause
-        raise
-    finally:
-        requests.restore()
-
-
-def _tell_where(
-    requests: Requests, slurm: Slurm | None, record: AttemptRecord, timing: Timing, log: Log
-) -> dict[str, object]:
-    """Asks Slurm for nodes, GPUs and time, for the log and `env.json`."""
-    if slurm is None:
-        return {}
-    state = requests.watch_slurm(slurm, timing.walltime_margin_s)
-    if state is None:
-        log.event(f"job {slurm.job}: Slurm does not answer")
-        return {"job": slurm.job, "restarts": slurm.restarts}
-    left = "" if state.end is None else f", {max(0.0, state.end - time.time()) / 3600:.1f} h left"
-    where = f"{state.num_nodes} nodes {state.nodes}"
-    log.event(f"attempt {record.attempt.number}: job {slurm.job}, start {slurm.restarts + 1}, on {where}{left}")
-    return {"job": slurm.job, "restarts": slurm.restarts, "nodes": expand(state.nodes), "gres": state.gres}
+    with requests:
+        record = AttemptRecord.begin(RunLayout(run).stage(stage), device, log)
+        if record is None:
+            return afterwards.nothing_to_do(slurm, log)
+        margin_s = timing.walltime_margin_s
+        allocation = None if slurm is None else Allocation(slurm, record.attempt, requests, margin_s, log)
+        try:
+            if slurm is not None and successor:
+                afterwards.submit_successor(slurm, log)
+            request = LaunchRequest(run, stage, record.attempt, 1, device)
+            attempt = _Attempt(launcher, request, record, requests, timing, deadlines or DeadlinesConfig(), log, output)
+            failure = attempt.run(allocation)
+            outcome = record.end(requests.first, failure)
+            if slurm is None:
+                return int(outcome["exit_code"])
+            job = afterwards.Job(slurm, RunLayout(run), stage, record.attempt.number, successor, log)
+            return afterwards.follow(job, outcome, requests.names, timing.fruitless_attempts)
+        except OSError as cause:
+            if (told := files.disk_error(cause, record.attempt.root)) is not None:
+                raise told from cause
+            raise
+        finally:
+            if allocation is not None:
+                allocation.end()
 
 
 @dataclass
@@ -143,12 +128,16 @@ class _Attempt:
     deadlines: DeadlinesConfig
     log: Log
     output: TextIO
-    slurm: Slurm | None = None
-    where: dict[str, object] = field(default_factory=dict)
     crash: _Crash | None = None
+    allocation: Allocation | None = None
+    where: Mapping[str, object] = field(default_factory=dict)
 
-    def run(self) -> RankFailure | None:
+    def run(self, allocation: Allocation | None) -> RankFailure | None:
         """Starts the ranks until they are done, stopped, or not worth another start; what went wrong last, if anything."""
+        if allocation is not None:
+            self.allocation, self.where = allocation, allocation.describe()
+        if self.requests.names:
+            return None
         layout = RunLayout(self.request.run).stage(self.request.stage)
         launches: list[Launch] = []
         while True:
@@ -156,40 +145,41 @@ class _Attempt:
             failure = self._launch()
             number = self.request.launch
             ending = cast("Ending", self.record.ending(number, failure))
-            pulses = read_pulses(self.request.attempt, number)
-            stepped = any(each["images_seen"] is not None for each in pulses)
-            self.record.ranks_left(number, ending, failure, stepped)
-            if ending != "done":
-                self._ask_slurm()
+            self.record.ranks_left(number, ending, failure, self._stepped())
+            if self.allocation is not None and ending != "done":
+                self.allocation.launch_ended()
             asked, code = self.requests.first is not None, None if failure is None else failure.code
             launches.append(Launch(ending, asked, code, images_committed(layout) > before))
             delay = delay_before_next(launches, retries=self.timing.retries, backoff_s=self.timing.backoff_s)
             if delay is None or number >= line.MAX_LAUNCHES or not self._wait(delay):
                 return failure if ending == "failed" else None
-            why = "" if failure is None else f": {failure.what.splitlines()[0]}"
+            why = "" if failure is None else f": {failure.what.splitlines()[0].rstrip(':')}"
             self.log.event(f"launch {number} {ending}{why}; launch {number + 1} goes on after {delay:.0f} s")
             self.request = LaunchRequest(
                 self.request.run, self.request.stage, self.request.attempt, number + 1, self.request.device
             )
 
-    def _ask_slurm(self) -> None:
-        """Ranks may have been signalled, or have lost their node, without a word to this process: then nothing is started again."""
-        if self.slurm is None or self.requests.names:
-            return
-        cause = cause_of(self.slurm.state(), self.slurm.restarts)
-        if cause not in ("asked", "no answer"):
-            self.requests.names.append(cause)
-
     def _launch(self) -> RankFailure | None:
+        if self.allocation is not None:
+            self.allocation.launch_begins()
         ranks = self.launcher.start(self.request, self.output)
         launcher = f"supervisor, {self.launcher}"
         self.record.ranks_started(ranks.world_size, launcher, self.request.launch, where=self.where)
         pulses = PulseWatch(self.request.attempt, self.request.launch, self.deadlines)
         started = time.monotonic()
-        watch = _Watch(ranks, self.record, self.requests, self.timing, pulses)
+        watch = _Watch(ranks, self.record, self.requests, self.timing, pulses, self.allocation)
         hang = watch.until_all_left(lambda first_step: self._tell_recovery(started, first_step))
         self.crash = _Crash(watch.failed_at, time.monotonic()) if watch.failed_at is not None else None
-        return _failure(ranks) if hang is None else self._told(hang, ranks)
+        if hang is not None:
+            return self._told(hang, ranks)
+        if watch.lost:
+            return RankFailure(f"{_plural('node', watch.lost)} lost", EXIT_BUG, watch.lost[0])
+        return _failure(ranks, self._stepped())
+
+    def _stepped(self) -> bool:
+        """Whether a rank of this launch has ended a step."""
+        pulses = read_pulses(self.request.attempt, self.request.launch)
+        return any(each["images_seen"] is not None for each in pulses)
 
     def _tell_recovery(self, started: float, first_step: float) -> None:
         """Says how long it took from a crash to the next step, and where the time went."""
@@ -215,7 +205,8 @@ class _Attempt:
         """Waits, unless a stop is asked for meanwhile."""
         until = time.monotonic() + seconds
         while not self.requests.names and time.monotonic() < until:
-            self.requests.look()
+            if self.allocation is not None:
+                self.allocation.look()
             self.record.keep()
             time.sleep(min(_POLL_SECONDS, max(0.0, until - time.monotonic())))
         return not self.requests.names
@@ -233,9 +224,17 @@ class _Watch:
     """Waits for the ranks, passing requests on and keeping the heartbeat and the ledger fresh; ends ranks that hang."""
 
     def __init__(
-        self, ranks: Ranks, record: AttemptRecord, requests: Requests, timing: Timing, pulses: PulseWatch
+        self,
+        ranks: Ranks,
+        record: AttemptRecord,
+        requests: Requests,
+        timing: Timing,
+        pulses: PulseWatch,
+        allocation: Allocation | None,
     ) -> None:
         self.ranks, self.record, self.requests, self.timing, self.pulses = ranks, record, requests, timing, pulses
+        self.allocation = allocation
+        self.lost: list[str] = []
         self._told = 0
         self._kill_at: float | None = None
         self._hang: Hang | None = None
@@ -246,7 +245,9 @@ class _Watch:
         stepped = False
         while self.ranks.alive():
             now = time.monotonic()
-            self.requests.look()
+            if self.allocation is not None:
+                self.allocation.look()
+                self._end_what_is_lost(now)
             self._pass_on(now)
             self._end_what_failed(now)
             if not stepped and self.pulses.first_step_at is not None:
@@ -271,6 +272,15 @@ class _Watch:
             self.ranks.send(signal.SIGQUIT)
             self._kill_at = now + self.timing.stacks_s
 
+    def _end_what_is_lost(self, now: float) -> None:
+        """Without one of their nodes the other ranks wait in vain; so does an srun that was started on a node already dead."""
+        if self.allocation is None or self.lost or not (lost := self.allocation.lost_nodes()):
+            return
+        self.lost = lost
+        self.failed_at = self.failed_at or now
+        self.ranks.send(signal.SIGTERM)
+        self._kill_at = min(self._kill_at or now, now) + self.timing.stacks_s
+
     def _pass_on(self, now: float) -> None:
         """Tells the ranks of new requests; the second one hurries them, and kills them after a grace."""
         asked = len(self.requests.names)
@@ -281,9 +291,15 @@ class _Watch:
             self._told = asked
 
 
-def _failure(ranks: Ranks) -> RankFailure | None:
+def _plural(what: str, names: list[str]) -> str:
+    return f"{what} {names[0]} was" if len(names) == 1 else f"{what}s {', '.join(names)} were"
+
+
+def _failure(ranks: Ranks, stepped: bool) -> RankFailure | None:
     """How the first rank that ended with an error did so, with its last words, and its exit code."""
     if (failed := ranks.failed()) is None:
         return None
     words = "" if failed.rank is None else f":\n{ranks.last_words(failed.rank)}"
-    return RankFailure(f"{failed}{words}", failed.code, failed.node)
+    # a rank that raises after a first step has mostly lost a peer: its own node is not to blame
+    node = None if failed.code == EXIT_BUG and stepped else failed.node
+    return RankFailure(f"{failed}{words}", failed.code, node)

@@ -175,10 +175,9 @@ class AttemptRecord:
             asked: Who asked for a stop first, if anyone.
             failure: What went wrong, if anything did.
         """
-        assert self._entry is not None
         outcome = self._judge(asked, failure)
         now = self._now()
-        if self._entry.outcome == "running":
+        if self._entry is not None and self._entry.outcome == "running":
             with self._disk("the ledger"):
                 update_entry(self.attempt, self._entry.ended_as(outcome["outcome"], now, _last_metrics(self.attempt)))
         outcome |= {"started": _iso(self._began), "ended": _iso(now)}
@@ -191,6 +190,12 @@ class AttemptRecord:
         return outcome
 
     def _judge(self, asked: str | None, failure: RankFailure | None) -> dict[str, Any]:
+        if self._entry is None:
+            return {
+                "outcome": "stopped",
+                "cause": f"{asked}, before the ranks were started",
+                "exit_code": EXIT_STOPPED,
+            }
         if self._layout.done.exists():  # written last of all: what a rank does afterwards takes nothing back
             return {"outcome": "done", "cause": None, "exit_code": EXIT_DONE}
         if self.attempt.stopped.exists():

@@ -12,12 +12,15 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pixart_ds.cluster.launchers import LocalLauncher
+from pixart_ds.cluster.requests import ASKED, Requests
+from pixart_ds.cluster.slurm import JobState, Slurm
 from pixart_ds.cluster.supervise import Timing, supervise
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.errors import ConfigError, MachineError
@@ -161,7 +164,9 @@ def test_a_crash_is_followed_by_another_launch_in_the_same_attempt(tmp_path: Pat
     said = outcome(stage)
     assert [(each["launch"], each["ending"]) for each in said["launches"]] == [(1, "failed"), (2, "done")]
     assert "rank 1 was killed by SIGKILL" in said["launches"][0]["cause"]
-    assert "launch 1 failed: rank 1 was killed by SIGKILL:; launch 2 goes on after 0 s" in text
+    assert (
+        f"launch 1 failed: rank 1 was killed by SIGKILL on {socket.gethostname()}; launch 2 goes on after 0 s" in text
+    )
     first, second = read_book(stage.root.parent)["stage1"]
     assert (first.outcome, second.outcome) == ("failed", "done")
     assert first.until == second.started, "no second of the devices is lost between them"
@@ -209,28 +214,69 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
     assert str(stage.root) in str(caught.value)
 
 
-def test_a_job_that_saves_nothing_new_again_and_again_is_not_requeued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    (tools / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+class FakeSlurm(Slurm):
+    """Answers as Slurm does of a job that runs until `end`; the real one is in tests/slurm."""
+
+    def __init__(self, job: str = "4711", end: float | None = None, **more: Any) -> None:
+        super().__init__(job, 0)
+        known: dict[str, Any] = {"state": "RUNNING", "reason": None, "restarts": 0, "preempted": False}
+        known |= {"end": end, "nodes": "n[1-2]", "num_nodes": 2, "gres": {}, "batch_host": "n1"}
+        self.now = JobState(**{**known, **more})
+        self.told: list[str] = []
+
+    def state(self) -> JobState:
+        return self.now
+
+    def requeue(self) -> None:
+        self.told.append("requeue")
+
+    def exclude(self, nodes: Sequence[str]) -> None:
+        self.told.append(f"exclude {','.join(nodes)}")
+
+
+def test_a_job_that_saves_nothing_new_again_and_again_is_not_requeued(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
-    for job in (1, 2, 3):
-        monkeypatch.setenv("SLURM_JOB_ID", str(job))
-        code, text = go(stage, "save-when-asked", after=0.7, timing=Timing(fruitless_attempts=3))
-        assert code == (0 if job < 3 else 75)
-    assert (tmp_path / "calls").read_text() == "requeue 1\nrequeue 2\n"
+    for attempt in (1, 2, 3):
+        slurm = FakeSlurm()
+        code, text = go(stage, "save-when-asked", after=0.7, timing=Timing(fruitless_attempts=3), slurm=slurm)
+        assert (code, slurm.told) == ((0, ["requeue", "exclude "]) if attempt < 3 else (75, []))
     assert "3 attempts in a row have saved nothing new: the job is not requeued" in text
 
 
-def test_near_the_end_of_the_walltime_a_stop_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_the_end_of_the_walltime_a_stop_is_asked_for(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3))
-    code, _ = go(stage, "save-when-asked", timing=Timing(walltime_margin_s=2))
-    assert (code, outcome(stage)["cause"]) == (75, "walltime")
+    slurm = FakeSlurm(end=time.time() + 3)
+    code, text = go(stage, "save-when-asked", timing=Timing(walltime_margin_s=2), slurm=slurm)
+    assert (code, outcome(stage)["cause"], slurm.told[0]) == (0, "walltime", "requeue")
+    assert "job 4711, start 1, on 2 nodes n[1-2]" in text
+
+
+def test_a_request_that_came_before_the_ranks_starts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = a_run(tmp_path)
+    monkeypatch.setenv(ASKED, "SIGUSR1")
+    slurm = FakeSlurm()
+    code, _ = go(stage, "done", requests=Requests(), slurm=slurm)
+    assert (code, slurm.told[0]) == (0, "requeue")
+    assert (outcome(stage)["outcome"], outcome(stage)["cause"]) == ("stopped", "SIGUSR1, before the ranks were started")
+    assert ASKED not in os.environ
+    code, _ = go(stage, "done", slurm=FakeSlurm(preempted=True))
+    assert outcome(stage, 2)["cause"] == "preemption, before the ranks were started"
+
+
+def test_a_signal_waits_while_a_process_is_replaced(tmp_path: Path) -> None:
+    """Held before exec, it is there for the next process's handlers."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from pixart_ds.cluster.requests import Requests\n"
+        "requests = Requests()\n"
+        "if len(sys.argv) > 1: print(requests.names); sys.exit()\n"
+        "told = requests.hold()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "os.execve(sys.executable, [sys.executable, '-c', open('/proc/self/cmdline').read().split(chr(0))[2], 'again'],"
+        " {**os.environ, **told})\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout) == (0, "['SIGUSR1']\n"), answer.stderr
 
 
 def test_a_rank_that_hangs_is_named_and_all_are_started_again(tmp_path: Path) -> None:
@@ -311,17 +357,3 @@ def test_on_another_host_a_heartbeat_must_be_seen_to_change(tmp_path: Path, monk
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     _beat(stage, job="4711")
     refuse_others(stage, patience_s=3600)  # an earlier start of this job
-
-
-def test_under_slurm_a_stopped_job_puts_itself_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    (tools / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    stage = a_run(tmp_path)
-    code, text = go(stage, "save-when-asked", after=0.7, signals=(signal.SIGUSR1,))
-    assert code == 0
-    assert (tmp_path / "calls").read_text() == "requeue 4711\n"
-    assert "job 4711 is requeued" in text

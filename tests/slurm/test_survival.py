@@ -114,8 +114,10 @@ def test_a_node_that_dies_costs_a_launch_and_the_rest_goes_on(cluster: Cluster, 
     training.wait_images(1, STEPS, seconds=120)
     output = training.wait_end()
     assert training.outcomes() == ["done"]
-    assert [each["world_size"] for each in training.launches(1)] == [2, 1]
-    assert training.launches(1)[0]["node"] == other, output
+    launches = training.launches(1)
+    assert [each["world_size"] for each in launches] in ([2, 1], [2, 2, 1]), "Slurm notices only after a while"
+    assert f"node {other} was lost" in output
+    assert [each.get("node") for each in launches[:-1]][-1] == other
     assert_whole(training)
 
 
@@ -126,6 +128,7 @@ def test_a_batch_host_that_dies_is_replaced(cluster: Cluster, run: Path) -> None
     cluster.wait_restart(training.job, 1)
     training.wait_end()
     assert training.outcomes() == [None, "done"]
+    assert "is lost: the job is requeued" in training.stage.attempt(1).guardian_log.read_text()
     assert_whole(training)
 
 

@@ -23,7 +23,7 @@ from pixart_ds.ledger.book import read_book
 from pixart_ds.log import Log
 from pixart_ds.train import attempt as module
 from pixart_ds.train import rank
-from pixart_ds.train.attempt import AttemptRecord
+from pixart_ds.train.attempt import AttemptRecord, RankFailure
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_attempts_follow_each_other_and_the_ledger_counts_both(stage: StageLayou
     second = begin(stage)
     trained(second, 96)
     files.write_json(stage.done, {})
-    assert second.end("SIGTERM", ("rank 0 raised at the very end", 70))["outcome"] == "done"
+    assert second.end("SIGTERM", RankFailure("rank 0 raised at the very end", 70))["outcome"] == "done"
     one, two = read_book(stage.root.parent)["stage1"]
     assert [(e.attempt, e.outcome, e.device_count, e.images) for e in (one, two)] == [
         (1, "stopped", 2, 64),
@@ -71,15 +71,13 @@ def test_attempts_follow_each_other_and_the_ledger_counts_both(stage: StageLayou
 @pytest.mark.parametrize(
     ("asked", "failure", "cause", "code"),
     [
-        (None, ("rank 0 raised DataError: no shard", 4), "rank 0 raised DataError: no shard", 4),
-        (None, ("rank 0 raised RuntimeError: x", 1), "rank 0 raised RuntimeError: x", 70),
+        (None, RankFailure("rank 0 raised DataError: no shard", 4), "rank 0 raised DataError: no shard", 4),
+        (None, RankFailure("rank 0 raised RuntimeError: x", 1), "rank 0 raised RuntimeError: x", 70),
         (None, None, "the ranks left without a word: neither done nor stopped", 70),
-        ("SIGTERM", ("rank 0 raised", 70), "asked to stop (SIGTERM), but rank 0 raised", 75),
+        ("SIGTERM", RankFailure("rank 0 raised", 70), "asked to stop (SIGTERM), but rank 0 raised", 75),
     ],
 )
-def test_failures(
-    stage: StageLayout, asked: str | None, failure: tuple[str, int] | None, cause: str, code: int
-) -> None:
+def test_failures(stage: StageLayout, asked: str | None, failure: RankFailure | None, cause: str, code: int) -> None:
     record = begin(stage)
     record.end(asked, failure)
     outcome = files.read_json(record.attempt.outcome)

@@ -1,0 +1,84 @@
+"""What puts a job back into the queue when the node of its script is lost: `python -m pixart_ds.cluster.guardian JOB RESTARTS`.
+
+With --no-kill, Slurm lets a job live on the nodes that are left, also where the lost one ran its script: nothing would use them
+until the time limit. So the supervisor keeps this small task on another node. It asks Slurm now and then, and requeues the job once
+the script's node is no longer part of it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pixart_ds.cluster.slurm import JobState, Slurm, expand
+
+_PERIOD_S = 10.0
+
+
+def script_is_lost(state: JobState) -> bool:
+    """Whether a running job no longer has the node that its script runs on."""
+    return state.state == "RUNNING" and bool(state.nodes) and state.batch_host not in expand(state.nodes)
+
+
+def guard(slurm: Slurm, period_s: float = _PERIOD_S) -> str:
+    """Watches until the script's node is lost, or another start of the job has begun; what it did."""
+    while True:
+        time.sleep(period_s)
+        state = slurm.state()
+        if state is None:
+            continue
+        if state.restarts > slurm.restarts:
+            return "the job has been put back already"
+        if script_is_lost(state):
+            refusal = slurm.requeue()
+            return refusal or f"the job's script ran on {state.batch_host}, which is lost: the job is requeued"
+
+
+class Guardian:
+    """The task, as the supervisor keeps it; on a node other than its own.
+
+    Args:
+        slurm: The job.
+        log: File of what it and its srun say.
+    """
+
+    def __init__(self, slurm: Slurm, log: Path) -> None:
+        self._slurm, self._log = slurm, log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._node: str | None = None
+
+    def keep(self, state: JobState) -> None:
+        """Sees to it that it runs on a node that the job has; a job of a single node needs none, Slurm requeues it itself."""
+        others = [node for node in expand(state.nodes) if node != state.batch_host]
+        running = self._process is not None and self._process.poll() is None
+        if not others or (running and self._node in others):
+            return
+        self.end()
+        self._node = others[0]
+        argv = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self._node}", "--gres=none", "--mem=0"]
+        argv += ["--cpus-per-task=1", "--input=none", f"--output={self._log}", "--open-mode=append"]
+        argv += [sys.executable, "-m", "pixart_ds.cluster.guardian", self._slurm.job, str(self._slurm.restarts)]
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def end(self) -> None:
+        """Ends it."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(5.0)
+            except subprocess.TimeoutExpired:  # the job's end takes it along
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+
+
+def main() -> None:
+    job, restarts = sys.argv[1:]
+    print(guard(Slurm(job, int(restarts))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
