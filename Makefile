@@ -22,13 +22,14 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format cluster clean
 
 help:
 	@echo "make demo [SIZE=smoke|full] [IMAGES=folder] [DEVICE=cpu|cuda] [OUT=folder] [STORE=s3]"
 	@echo "                                                                            the main job in small"
 	@echo "make test [MARKS=\"unit distributed store e2e slurm gpu\"]                      the tests"
 	@echo "make setup [PYTHON=python3] [TORCH=$(TORCH)] [TORCH_INDEX=url]               .venv alone (V100: TORCH=2.10.0)"
+	@echo "make cluster                                                                a Slurm of 8 nodes to play with (root)"
 	@echo "make lint | format | clean                                                  clean keeps what the demo and runs wrote"
 
 setup: $(STAMP)
@@ -58,6 +59,10 @@ format: $(STAMP)
 
 test: lint
 	@bash tools/test.sh $(BIN) $(MARKS)
+
+# A Slurm on this machine, in a shell; it ends with the shell.
+cluster: $(STAMP)
+	@PATH="$(abspath $(BIN)):$$PATH" bash tests/slurm/cluster.sh shell
 
 clean:
 	rm -rf .venv .venv-swift build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

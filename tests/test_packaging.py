@@ -18,10 +18,10 @@ import pixart_ds
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_wheel_holds_recipes_rates_encoders_and_deepspeed_files(tmp_path: Path) -> None:
+def test_wheel_holds_recipes_rates_encoders_deepspeed_files_and_profiles(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pixart_ds", "ds_configs"):
+    for name in ("pixart_ds", "ds_configs", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -34,6 +34,7 @@ def test_wheel_holds_recipes_rates_encoders_and_deepspeed_files(tmp_path: Path) 
     assert wheel.name.startswith(f"pixart_ds-{pixart_ds.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"pixart_ds/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
+    wanted |= {f"pixart_ds/{path.relative_to(ROOT)}" for path in (ROOT / "slurm").rglob("*") if path.is_file()}
     for pattern in ("recipes/**/*.yaml", "rates.yaml", "py.typed", "demo/encoders/*/*", "**/*.py"):
         wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "pixart_ds").glob(pattern)}
     assert len(wanted) > 80

@@ -32,8 +32,8 @@ def guard(slurm: Slurm, period_s: float = _PERIOD_S) -> str:
         if state.restarts > slurm.restarts:
             return "the job has been put back already"
         if script_is_lost(state):
-            refusal = slurm.requeue()
-            return refusal or f"the job's script ran on {state.batch_host}, which is lost: the job is requeued"
+            print(f"the job's script ran on {state.batch_host}, which is lost: the job is requeued", flush=True)
+            return slurm.requeue() or "done"
 
 
 class Guardian:

@@ -178,14 +178,9 @@ class SrunLauncher:
             *(self.srun, f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}"),
             # said again here: a step does not inherit it, and its tasks would share one core each
             *([f"--cpus-per-task={max(1, int(cpus) // each)}"] if cpus.isdigit() else []),
-            *(
-                "--kill-on-bad-exit=1",
-                "--wait=60",
-                "--unbuffered",
-                "--label",
-                f"--output={output}",
-                "--open-mode=append",
-            ),
+            "--overlap",  # the step of a lost node stays in Slurm's books, and the next one would wait for what it held
+            *("--kill-on-bad-exit=1", "--wait=60"),
+            *("--unbuffered", "--label", f"--output={output}", "--open-mode=append"),
             *(sys.executable, "-m", "pixart_ds.cluster.task", str(request.attempt.rank_log(request.launch, 0))),
             *self.command,
             *request.arguments(),

@@ -172,7 +172,11 @@ def _slurm(said: _Said) -> RankEnvironment:
         else first_host(said.text("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")),
         said.number("MASTER_PORT")
         if said.has("MASTER_PORT")
-        else job_port(said.number("SLURM_JOB_ID"), said.number("SLURM_STEP_ID")),
+        else job_port(
+            said.number("SLURM_JOB_ID"),
+            said.number("SLURM_STEP_ID"),
+            said.number("SLURM_RESTART_COUNT") if said.has("SLURM_RESTART_COUNT") else 0,
+        ),
     )
 
 
@@ -204,6 +208,6 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else ""
 
 
-def job_port(job: int, step: int) -> int:
-    """A port that all tasks of a step know; other jobs and steps on the same node have others, mostly."""
-    return 20000 + (job + 101 * step) % 10000
+def job_port(job: int, step: int, restarts: int = 0) -> int:
+    """A port that all tasks of a step know; other jobs, steps and starts of the job on the same node have others, mostly."""
+    return 20000 + (job + 101 * step + 3001 * restarts) % 10000

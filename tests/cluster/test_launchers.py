@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pixart_ds.cluster.launchers import LaunchRequest, SrunLauncher, Tail, tail_of
+from pixart_ds.cluster.launchers import LaunchRequest, SrunLauncher, SrunRanks, Tail, tail_of
 from pixart_ds.cluster.task import rank_environment
 from pixart_ds.errors import MachineError
 from pixart_ds.layout import RunLayout
@@ -28,23 +29,20 @@ def request_of(folder: Path) -> LaunchRequest:
 
 
 def test_srun_gives_one_task_for_each_gpu(tmp_path: Path) -> None:
-    argv = SrunLauncher(environment=SLURM, extra=["--set", "a=1"]).argv(request_of(tmp_path))
-    assert argv[:6] == ["srun", "--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--kill-on-bad-exit=1", "--wait=60"]
-    assert argv[8:11] == [sys.executable, "-m", "pixart_ds.cluster.task"]
-    assert argv[-2:] == ["--set", "a=1"]
-    assert argv[11:-2] == [
-        "--run",
-        str(tmp_path),
-        "--stage",
-        "stage2",
-        "--attempt",
-        "3",
-        "--launch",
-        "1",
-        "--device",
-        "cuda",
-    ]
-    assert argv[6].endswith("/stage2/attempts/0003/rank-%5t-l01.txt")  # what AttemptLayout.rank_log names
+    launcher = SrunLauncher(environment={**SLURM, "SLURM_CPUS_ON_NODE": "40"}, extra=["--set", "a=1"])
+    argv = launcher.argv(request_of(tmp_path), *launcher.tasks())
+    own = argv.index(sys.executable)
+    attempt = tmp_path / "stage2" / "attempts" / "0003"
+    assert argv[:5] == ["srun", "--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--cpus-per-task=5"]
+    assert {"--kill-on-bad-exit=1", "--wait=60", "--label", f"--output={attempt}/node-%N-l01.txt"} <= set(argv[5:own])
+    assert argv[own + 1 : own + 4] == ["-m", "pixart_ds.cluster.task", str(attempt / "rank-00000-l01.txt")]
+    told = ["--run", str(tmp_path), "--stage", "stage2", "--attempt", "3", "--launch", "1", "--device", "cuda"]
+    assert argv[own + 4 :] == [sys.executable, "-m", "pixart_ds.train.rank", *told, "--set", "a=1"]
+
+
+def test_a_site_may_want_fewer_tasks(tmp_path: Path) -> None:
+    argv = SrunLauncher(environment=SLURM, tasks_per_node=2).argv(request_of(tmp_path), 3, 2)
+    assert argv[1:4] == ["--nodes=3", "--ntasks=6", "--ntasks-per-node=2"]
 
 
 @pytest.mark.parametrize(("said", "gpus"), [("8", 8), ("v100:4", 4), ("2(x4)", 2)])
@@ -65,23 +63,53 @@ def test_a_task_forgets_what_the_job_brought_along() -> None:
     assert rank_environment(slurm | stale) == slurm
 
 
-def test_a_task_survives_a_stop_signal_before_its_handlers_are_there(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys\nfrom pixart_ds.cluster import task\n"
-        "rank = 'import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print(os.environ[\"SLURM_PROCID\"])'\n"
-        "task.RANK_MODULE = (sys.executable, '-c', rank)\n"
-        "task.main()\n"
-    )
-    slurm = {"SLURM_PROCID": "1"}
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_task_survives_a_stop_signal_before_its_handlers_are_there(tmp_path: Path, rank: int) -> None:
+    """And rank 0 has a log of its own."""
+    log = tmp_path / "rank-0.txt"
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print(os.environ['SLURM_PROCID'])"
     answer = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **slurm}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pixart_ds.cluster.task", str(log), sys.executable, "-c", code],
+        env={**os.environ, "SLURM_PROCID": str(rank)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert (answer.returncode, answer.stdout) == (0, "1\n"), answer.stderr
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert (answer.returncode, answer.stdout) == (0, "" if rank == 0 else "1\n"), answer.stderr
+    assert log.exists() is (rank == 0)
+    assert rank == 1 or log.read_text() == "0\n"
+
+
+def test_what_a_rank_wrote_is_found_in_its_nodes_log(tmp_path: Path) -> None:
+    request = request_of(tmp_path)
+    request.attempt.root.mkdir(parents=True)
+    request.attempt.node_log(1, "n1").write_text("01: one\n02: two\n01: more\n")
+    request.attempt.node_log(1, "n2").write_text("10: ten\n")
+    request.attempt.rank_log(1, 0).write_text("zero\n")
+    ranks = SrunRanks(["true"], os.environ, 16, request, io.StringIO())
+    assert [ranks.last_words(rank) for rank in (0, 1, 10)] == ["zero", "one\nmore", "ten"]
+    assert ranks.log_of(10) == request.attempt.node_log(1, "n2")
+
+
+def test_srun_is_asked_to_kill_its_tasks_before_it_is_killed(tmp_path: Path) -> None:
+    """Killed itself, it would leave them running."""
+    request = request_of(tmp_path)
+    request.attempt.root.mkdir(parents=True)
+    told = tmp_path / "told"
+    srun = ["bash", "-c", f"trap 'echo TERM >> {told}; exit 137' TERM; echo up >> {told}; while :; do sleep 0.05; done"]
+    ranks = SrunRanks(srun, os.environ, 1, request, io.StringIO())
+    while not told.exists():
+        pass
+    ranks.send(signal.SIGKILL)
+    while ranks.alive():
+        pass
+    assert told.read_text() == "up\nTERM\n"
+    failed = ranks.failed()
+    assert failed is not None
+    assert failed.code == 137
 
 
 def test_tail_copies_a_file_that_grows_and_one_that_comes_late(tmp_path: Path) -> None:
-    import io
     import time
 
     output = io.StringIO()

@@ -111,8 +111,9 @@ def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
 
 
 def test_ports_of_a_job_and_its_steps() -> None:
-    ports = {job_port(job, step) for job in range(4_000_000, 4_000_100) for step in range(20)}
-    assert len(ports) > 1900
+    jobs, steps, starts = range(4_000_000, 4_000_100), range(20), range(3)
+    ports = {job_port(job, step, start) for job in jobs for step in steps for start in starts}
+    assert len(ports) > 5000
     assert all(20000 <= port < 30000 for port in ports)
 
 

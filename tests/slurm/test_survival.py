@@ -10,7 +10,7 @@ import pytest
 
 from pixart_ds import files
 from tests.e2e.test_same_run import create
-from tests.slurm.cluster import PROFILES, Cluster, Training, until
+from tests.slurm.cluster import Cluster, Training, site, until
 
 pytestmark = pytest.mark.slurm
 
@@ -170,15 +170,24 @@ def test_a_job_takes_the_nodes_it_gets(cluster: Cluster, run: Path) -> None:
 def test_an_attempt_that_lives_on_a_lost_node_publishes_nothing(
     cluster: Cluster, small_set: Path, tmp_path: Path
 ) -> None:
-    """Slurm has given the node up and started the job elsewhere; the old supervisor and rank know nothing of it."""
+    """Slurm has given the node up and started the job elsewhere; the old supervisor hears nothing from Slurm, and goes on."""
     create(tmp_path / "run", small_set, "stage1.length.steps=900", "stage1.checkpoint.every.steps=40")
-    training = Training(cluster, tmp_path / "run", "--nodes", "1")
+    cut_off = tmp_path / "bin"
+    cut_off.mkdir()
+    (cut_off / "scontrol").write_text(
+        '#!/bin/sh\n[ "$SLURMD_NODENAME" != n1 ] || exit 1\nexec /usr/bin/scontrol "$@"\n'  # behind a broken network
+    )
+    (cut_off / "scontrol").chmod(0o755)
+    profile = site(tmp_path, f"setup: ['export PATH={cut_off}:$PATH']")
+    training = Training(cluster, tmp_path / "run", "--nodes", "1", profile=profile)
     training.wait_images(1, 12)
     old = training.ranks()
     assert len(old) == 1
-    cluster.script("mute", cluster.about(training.job)["BatchHost"])
+    assert cluster.about(training.job)["BatchHost"] == "n1"
+    cluster.script("mute", "n1")
     cluster.wait_restart(training.job, 1)
     training.wait_images(2, 60)
+    assert set(old) & set(training.ranks()), "the old rank is alive while the new one trains"
     until(lambda: not (set(old) & set(training.ranks())), 120, lambda: "the old rank never ended")
     output = training.wait_end(seconds=180)
     assert files.read_json(training.stage.done)["attempt"] == 2
@@ -191,9 +200,7 @@ def test_an_attempt_that_lives_on_a_lost_node_publishes_nothing(
 def test_where_requeueing_is_forbidden_a_second_job_waits_behind_the_first(
     cluster: Cluster, run: Path, tmp_path: Path
 ) -> None:
-    site = tmp_path / "site.yaml"
-    site.write_text((PROFILES / "test-cluster.yaml").read_text() + "requeue: false\n")
-    training = Training(cluster, run, profile=site)
+    training = Training(cluster, run, profile=site(tmp_path, "requeue: false"))
     first, second = training.jobs
     training.wait_images(1, 12)
     assert cluster.state(second) == "PENDING"
