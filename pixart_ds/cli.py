@@ -456,8 +456,9 @@ def _train(options: argparse.Namespace) -> int:
 
     requests = Requests()  # before anything slow: a signal meanwhile must be neither lost nor the end
 
-    from pixart_ds.cluster.launchers import LocalLauncher, SrunLauncher
+    from pixart_ds.cluster.launchers import LocalLauncher
     from pixart_ds.cluster.slurm import Slurm
+    from pixart_ds.cluster.srun import SrunLauncher
     from pixart_ds.cluster.supervise import Timing, supervise
     from pixart_ds.config.freeze import create_run, open_run, override_execution, read_stage
     from pixart_ds.config.load import load_chain

@@ -7,6 +7,12 @@ export RUN=${RUN:-$SLURM_SUBMIT_DIR/runs/first}
 # module load cuda/12.6
 source "${VENV:-$SLURM_SUBMIT_DIR/.venv}/bin/activate"
 
+# Attempts run the run's own copy of the code, once there is one: editing the checkout then changes no job.
+if [ -f "$RUN/code/current.json" ]; then
+  frozen=$RUN/code/$(sed -n 's/.*"hash": *"\([0-9a-f]*\)".*/\1/p' "$RUN/code/current.json")
+  export PYTHONSAFEPATH=1 PYTHONPATH=$frozen${PYTHONPATH:+:$PYTHONPATH}
+fi
+
 # A few threads for each rank: the loader's and torch's would otherwise take each other's cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 

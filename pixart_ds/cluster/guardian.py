@@ -1,4 +1,4 @@
-"""What puts a job back into the queue when the node of its script is lost: `python -m pixart_ds.cluster.guardian JOB RESTARTS`.
+"""What puts a job back into the queue when the node of its script is lost: `python -m pixart_ds.cluster.guardian JOB RESTARTS LOG`.
 
 With --no-kill, Slurm lets a job live on the nodes that are left, also where the lost one ran its script: nothing would use them
 until the time limit. So the supervisor keeps this small task on another node. It asks Slurm now and then, and requeues the job once
@@ -7,9 +7,11 @@ the script's node is no longer part of it.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pixart_ds.cluster.slurm import JobState, Slurm, expand
@@ -22,18 +24,20 @@ def script_is_lost(state: JobState) -> bool:
     return state.state == "RUNNING" and bool(state.nodes) and state.batch_host not in expand(state.nodes)
 
 
-def guard(slurm: Slurm, period_s: float = _PERIOD_S) -> str:
-    """Watches until the script's node is lost, or another start of the job has begun; what it did."""
+def guard(slurm: Slurm, tell: Callable[[str], None], period_s: float = _PERIOD_S) -> None:
+    """Watches until the script's node is lost, or another start of the job has begun."""
     while True:
         time.sleep(period_s)
         state = slurm.state()
         if state is None:
             continue
         if state.restarts > slurm.restarts:
-            return "the job has been put back already"
+            return
         if script_is_lost(state):
-            print(f"the job's script ran on {state.batch_host}, which is lost: the job is requeued", flush=True)
-            return slurm.requeue() or "done"
+            tell(f"the job's script ran on {state.batch_host}, which is lost: the job is requeued")
+            if (refusal := slurm.requeue()) is None:
+                return
+            tell(refusal)
 
 
 class Guardian:
@@ -58,8 +62,8 @@ class Guardian:
         self.end()
         self._node = others[0]
         argv = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self._node}", "--gres=none", "--mem=0"]
-        argv += ["--cpus-per-task=1", "--input=none", f"--output={self._log}", "--open-mode=append"]
-        argv += [sys.executable, "-m", "pixart_ds.cluster.guardian", self._slurm.job, str(self._slurm.restarts)]
+        argv += ["--cpus-per-task=1", sys.executable, "-m", "pixart_ds.cluster.guardian"]
+        argv += [self._slurm.job, str(self._slurm.restarts), str(self._log)]
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -76,8 +80,15 @@ class Guardian:
 
 
 def main() -> None:
-    job, restarts = sys.argv[1:]
-    print(guard(Slurm(job, int(restarts))), flush=True)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGTERM):  # meant for the ranks
+        signal.signal(number, signal.SIG_IGN)
+    job, restarts, path = sys.argv[1:]
+
+    def tell(text: str) -> None:  # its srun, which would pass its output on, is gone with the script
+        with open(path, "a", encoding="utf-8") as log:
+            print(text, file=log)
+
+    guard(Slurm(job, int(restarts)), tell)
 
 
 if __name__ == "__main__":

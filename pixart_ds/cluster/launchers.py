@@ -1,9 +1,8 @@
-"""How the ranks of a launch are started: as processes of this machine, or by srun as one task for each GPU."""
+"""How the ranks of a launch are started and watched; and the launcher that starts them as processes of this machine."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -11,13 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from pixart_ds.cluster.slurm import Slurm
 from pixart_ds.engine.environment import PARENT_PID, RankEnvironment, free_port
-from pixart_ds.errors import EXIT_BUG, MachineError
+from pixart_ds.errors import EXIT_BUG
 from pixart_ds.layout import AttemptLayout
 
 RANK_MODULE = (sys.executable, "-m", "pixart_ds.train.rank")
@@ -128,78 +126,6 @@ class LocalLauncher:
         return ranks
 
 
-@dataclass
-class SrunLauncher:
-    """One srun over the allocation, one task for each GPU. Task counts stand here alone: in an sbatch header they would freeze
-    the number of nodes at the first start.
-
-    Args:
-        extra: Further arguments for each rank.
-        tasks_per_node: By default one for each GPU, as Slurm says of the allocation.
-        srun: The program.
-        environment: Of the job's script.
-        slurm: Asked at each start how many nodes are left; without it the environment's number counts.
-        command: What a rank runs before its arguments.
-    """
-
-    extra: Sequence[str] = ()
-    tasks_per_node: int | None = None
-    srun: str = "srun"
-    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    slurm: Slurm | None = None
-    command: Sequence[str] = RANK_MODULE
-
-    def __str__(self) -> str:
-        return "srun, one task for each GPU" if self.tasks_per_node is None else f"srun, {self.tasks_per_node} a node"
-
-    def tasks(self) -> tuple[int, int]:
-        """(nodes, tasks on each) of this allocation as it is now.
-
-        Raises:
-            MachineError: This is no Slurm allocation, it has no GPUs, or Slurm is taking it down.
-        """
-        nodes = self.environment.get("SLURM_JOB_NUM_NODES")
-        if nodes is None:
-            raise MachineError(
-                "this is no Slurm allocation (SLURM_JOB_NUM_NODES is not set)",
-                remedy="submit it: sbatch slurm/STAGE.sbatch; or use --launcher local",
-            )
-        each = self.tasks_per_node or _gpus_per_node(self.environment)
-        if not each:
-            raise MachineError("the allocation has no GPUs", remedy="ask for them: #SBATCH --gres=gpu:8")
-        state = None if self.slurm is None else self.slurm.state()
-        return (int(nodes) if state is None else state.num_nodes), each
-
-    def argv(self, request: LaunchRequest, nodes: int, each: int) -> list[str]:
-        """The whole command line. The wrapper ignores signals until the rank has its handlers, and names the rank."""
-        output = request.attempt.node_log(request.launch, "%N")
-        cpus = self.environment.get("SLURM_CPUS_ON_NODE", "")
-        return [
-            *(self.srun, f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}"),
-            # said again here: a step does not inherit it, and its tasks would share one core each
-            *([f"--cpus-per-task={max(1, int(cpus) // each)}"] if cpus.isdigit() else []),
-            "--overlap",  # the step of a lost node stays in Slurm's books, and the next one would wait for what it held
-            *("--kill-on-bad-exit=1", "--wait=60"),
-            *("--unbuffered", "--label", f"--output={output}", "--open-mode=append"),
-            *(sys.executable, "-m", "pixart_ds.cluster.task", str(request.attempt.rank_log(request.launch, 0))),
-            *self.command,
-            *request.arguments(),
-            *self.extra,
-        ]
-
-    def start(self, request: LaunchRequest, output: TextIO) -> SrunRanks:
-        """See `Launcher`."""
-        nodes, each = self.tasks()
-        return SrunRanks(self.argv(request, nodes, each), self.environment, nodes * each, request, output, self.slurm)
-
-
-def _gpus_per_node(environment: Mapping[str, str]) -> int:
-    """GPUs of this node as Slurm says: `8`, `v100:8` or `8(x4)`."""
-    text = environment.get("SLURM_GPUS_ON_NODE") or environment.get("SLURM_GPUS_PER_NODE", "")
-    digits = text.split("(")[0].split(":")[-1]
-    return int(digits) if digits.isdigit() else 0
-
-
 class LocalRanks:
     """Processes of this machine."""
 
@@ -251,115 +177,10 @@ class LocalRanks:
         return tail_of(self.log_of(rank))
 
 
-_TASK_FAILED = re.compile(r"error: (?P<node>[^\s:]+): tasks? (?P<rank>\d+)[^:]*: (?P<how>.+)")
-_NODE_FAILED = re.compile(r"error: Node failure on (?P<node>\S+)")
-_SRUN_SECONDS = 15.0
-"""For srun to end its tasks, before it is killed itself."""
+LAST_LINES = 15
 
 
-def parse_srun(text: str) -> Failed | None:
-    """The first failure that srun told of.
-
-    Its lines are `srun: error: n2: task 13: Exited with exit code 3`, `…: tasks 1-4: Killed`, `srun: error: Node failure on n4`.
-    """
-    for line in text.splitlines():
-        if found := _NODE_FAILED.search(line):
-            return Failed(None, EXIT_BUG, found["node"].rstrip(",."))
-        if found := _TASK_FAILED.search(line):
-            return Failed(int(found["rank"]), _code(found["how"]), found["node"])
-    return None
-
-
-def _code(how: str) -> int:
-    """An exit code from srun's words: `Exited with exit code 3`, or a signal as the C library names it."""
-    if number := re.search(r"exit code (\d+)", how):
-        return int(number[1])
-    said = how.removesuffix(" (core dumped)").strip()
-    return next((-number for number in signal.Signals if signal.strsignal(number) == said), EXIT_BUG)
-
-
-class SrunRanks:
-    """The tasks of one srun."""
-
-    def __init__(
-        self,
-        argv: Sequence[str],
-        environment: Mapping[str, str],
-        world_size: int,
-        request: LaunchRequest,
-        output: TextIO,
-        slurm: Slurm | None = None,
-    ) -> None:
-        self.world_size = world_size
-        self._request, self._slurm = request, slurm
-        self._told = request.attempt.srun_log(request.launch)
-        self._told_bytes = 0
-        self._failed: Failed | None = None
-        self._kill_at: float | None = None
-        with open(self._told, "ab") as errors:
-            self._process = subprocess.Popen(argv, env=environment, stderr=errors)
-        self._tail = Tail(self.log_of(0), output)
-
-    def send(self, number: signal.Signals) -> None:
-        """srun hands SIGUSR1 and SIGUSR2 to every task; SIGTERM makes it kill them, and other signals go through Slurm."""
-        if self._process.poll() is not None:
-            return
-        if number == signal.SIGKILL:
-            self._kill()
-        elif number == signal.SIGQUIT and self._slurm is not None:
-            self._slurm.signal_steps("QUIT")
-        else:
-            self._process.send_signal(signal.SIGUSR1 if number == signal.SIGTERM else number)
-
-    def _kill(self) -> None:
-        """Has srun kill all tasks; killed itself, it would leave them running."""
-        if self._kill_at is None:
-            self._kill_at = time.monotonic() + _SRUN_SECONDS
-            self._process.send_signal(signal.SIGTERM)
-        elif time.monotonic() > self._kill_at:
-            self._process.kill()
-
-    def failed(self) -> Failed | None:
-        if self._failed is None:
-            size = self._told.stat().st_size
-            if size > self._told_bytes:  # srun tells of a task's end long before its own
-                self._told_bytes = size
-                self._failed = parse_srun(self._told.read_text(encoding="utf-8", errors="replace"))
-            if self._failed is None and (code := self._process.poll()):
-                self._failed = Failed(0, code, socket.gethostname())
-        return self._failed
-
-    def alive(self) -> bool:
-        running = self._process.poll() is None
-        if not running:
-            self._tail.finish()
-        return running
-
-    def log_of(self, rank: int) -> Path:
-        """Rank 0's own file, else that of the node where the rank's label is found."""
-        attempt, launch = self._request.attempt, self._request.launch
-        if rank != 0:
-            for path in sorted(attempt.root.glob(attempt.node_log(launch, "*").name)):
-                if _labelled(path, rank):
-                    return path
-        return attempt.rank_log(launch, 0)
-
-    def last_words(self, rank: int) -> str:
-        path = self.log_of(rank)
-        own = _labelled(path, rank) if rank else tail_of(path).splitlines()
-        return "\n".join(own[-_LAST_LINES:]) or tail_of(self._told)
-
-
-_LAST_LINES = 15
-
-
-def _labelled(path: Path, rank: int) -> list[str]:
-    """The lines that srun's --label gave to a rank."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return re.findall(rf"^\s*0*{rank}: (.*)$", text, re.MULTILINE)
-
-
-def tail_of(path: Path, lines: int = _LAST_LINES) -> str:
+def tail_of(path: Path, lines: int = LAST_LINES) -> str:
     """The last lines of a file, or nothing."""
     if not path.exists():
         return ""

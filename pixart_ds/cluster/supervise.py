@@ -173,7 +173,7 @@ class _Attempt:
         if hang is not None:
             return self._told(hang, ranks)
         if watch.lost:
-            return RankFailure(f"{_plural('node', watch.lost)} lost", EXIT_BUG, watch.lost[0])
+            return RankFailure(f"the {_plural('node', watch.lost)} lost", EXIT_BUG, watch.lost[0])
         return _failure(ranks, self._stepped())
 
     def _stepped(self) -> bool:

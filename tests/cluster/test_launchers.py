@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from pixart_ds.cluster.launchers import LaunchRequest, SrunLauncher, SrunRanks, Tail, tail_of
+from pixart_ds.cluster.launchers import LaunchRequest, Tail, tail_of
+from pixart_ds.cluster.srun import SrunLauncher, SrunRanks
 from pixart_ds.cluster.task import rank_environment
 from pixart_ds.errors import MachineError
 from pixart_ds.layout import RunLayout
@@ -86,9 +88,48 @@ def test_what_a_rank_wrote_is_found_in_its_nodes_log(tmp_path: Path) -> None:
     request.attempt.node_log(1, "n1").write_text("01: one\n02: two\n01: more\n")
     request.attempt.node_log(1, "n2").write_text("10: ten\n")
     request.attempt.rank_log(1, 0).write_text("zero\n")
-    ranks = SrunRanks(["true"], os.environ, 16, request, io.StringIO())
+    ranks = SrunRanks(SrunLauncher(), ["true"], 16, request, io.StringIO())
     assert [ranks.last_words(rank) for rank in (0, 1, 10)] == ["zero", "one\nmore", "ten"]
     assert ranks.log_of(10) == request.attempt.node_log(1, "n2")
+    request.attempt.rank_log(1, 0).write_text("")
+    request.attempt.node_log(1, "n1").write_text("00: no interpreter\n")
+    assert ranks.last_words(0) == "no interpreter", "a rank 0 that never began"
+
+
+def test_a_request_to_stop_waits_until_all_ranks_listen(tmp_path: Path) -> None:
+    request = request_of(tmp_path)
+    request.attempt.pulses.mkdir(parents=True)
+    told = tmp_path / "told"
+    ranks = SrunRanks(
+        SrunLauncher(),
+        ["bash", "-c", f"trap 'echo $? > {told}; exit' USR1; while :; do sleep 0.05; done"],
+        2,
+        request,
+        io.StringIO(),
+    )
+    ranks.send(signal.SIGTERM)
+    for rank in (0, 1):
+        time.sleep(1.2)
+        assert ranks.alive()
+        assert not told.exists(), f"{rank} of 2 listen"
+        request.attempt.pulse(rank).write_text(f'{{"rank": {rank}, "launch": 1}}')
+    until = time.monotonic() + 10
+    while ranks.alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert told.exists()
+
+
+def test_a_node_that_cannot_be_reached_is_left_out_of_the_next_launch(tmp_path: Path) -> None:
+    request = request_of(tmp_path)
+    request.attempt.root.mkdir(parents=True)
+    launcher = SrunLauncher(environment=SLURM)
+    text = "srun: error: Task launch for StepId=48.2 failed on node n3: Communication connection failure"
+    ranks = SrunRanks(launcher, ["bash", "-c", f"echo '{text}' >&2; exit 1"], 64, request, io.StringIO())
+    while ranks.alive():
+        time.sleep(0.02)
+    assert str(ranks.failed()) == "the node n3 was lost"
+    assert launcher.tasks() == (7, 8)
+    assert {"--nodes=7", "--ntasks=56", "--exclude=n3"} <= set(launcher.argv(request, *launcher.tasks()))
 
 
 def test_srun_is_asked_to_kill_its_tasks_before_it_is_killed(tmp_path: Path) -> None:
@@ -97,7 +138,7 @@ def test_srun_is_asked_to_kill_its_tasks_before_it_is_killed(tmp_path: Path) -> 
     request.attempt.root.mkdir(parents=True)
     told = tmp_path / "told"
     srun = ["bash", "-c", f"trap 'echo TERM >> {told}; exit 137' TERM; echo up >> {told}; while :; do sleep 0.05; done"]
-    ranks = SrunRanks(srun, os.environ, 1, request, io.StringIO())
+    ranks = SrunRanks(SrunLauncher(), srun, 1, request, io.StringIO())
     while not told.exists():
         pass
     ranks.send(signal.SIGKILL)
@@ -110,7 +151,6 @@ def test_srun_is_asked_to_kill_its_tasks_before_it_is_killed(tmp_path: Path) -> 
 
 
 def test_tail_copies_a_file_that_grows_and_one_that_comes_late(tmp_path: Path) -> None:
-    import time
 
     output = io.StringIO()
     tail = Tail(tmp_path / "log", output)

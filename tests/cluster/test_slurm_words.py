@@ -9,9 +9,10 @@ import pytest
 
 from pixart_ds.cluster import bad_nodes
 from pixart_ds.cluster.guardian import script_is_lost
-from pixart_ds.cluster.launchers import Failed, parse_srun
+from pixart_ds.cluster.launchers import Failed
 from pixart_ds.cluster.requeue import Cause, cause_of, decide
 from pixart_ds.cluster.slurm import JobState, expand, parse_partitions
+from pixart_ds.cluster.srun import parse_srun
 from pixart_ds.layout import RunLayout
 
 JOB = (
@@ -102,6 +103,11 @@ def test_whether_a_job_runs_again(outcome: dict[str, Any], cause: Cause, more: d
         ("srun: error: n2: tasks 8-15: Segmentation fault (core dumped)", Failed(8, -11, "n2")),
         ("srun: error: n2: task 8: User defined signal 2", Failed(8, -12, "n2")),
         ("srun: error: Node failure on n4\nsrun: error: n1: task 0: Killed", Failed(None, 70, "n4")),
+        (
+            "srun: error: Task launch for StepId=48.2 failed on node n2: Communication connection failure\n"
+            "srun: error: n1: task 0: Killed",
+            Failed(None, 70, "n2"),
+        ),
         ("srun: launch/slurm: _step_signal: Terminating StepId=1.0", None),
     ],
 )

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pixart_ds import files
 from pixart_ds.cluster.launchers import LocalLauncher
 from pixart_ds.cluster.requests import ASKED, Requests
 from pixart_ds.cluster.slurm import JobState, Slurm
@@ -307,7 +308,8 @@ def test_a_living_supervisor_is_respected_and_a_dead_one_is_not(tmp_path: Path) 
     script = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from pixart_ds.cluster.launchers import LocalLauncher
+        from pixart_ds import files
+from pixart_ds.cluster.launchers import LocalLauncher
         from pixart_ds.cluster.supervise import supervise
         launcher = LocalLauncher(1, extra=("--script", "leave-when-asked"), command={FAKE!r})
         supervise(Path({str(stage.root.parent)!r}), "stage1", launcher=launcher, device="cpu")
@@ -331,7 +333,7 @@ def _beat(stage: StageLayout, **more: Any) -> None:
     attempt = stage.attempt(len(stage.all_attempts()) or 1)
     attempt.root.mkdir(parents=True, exist_ok=True)
     said = {"host": "elsewhere", "pid": 7, "time": 0.0, "job": None, **more}
-    attempt.heartbeat.write_text(json.dumps(said))
+    files.write_json(attempt.heartbeat, said)  # whole at any moment, as the real one
 
 
 def test_on_another_host_a_heartbeat_must_be_seen_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_a_dry_run_prints_what_will_be_submitted_to_the_letter(cluster: Cluster,
     cluster.tell("scontrol", "write", "batch_script", training.job, tmp_path / "got")
     assert (tmp_path / "got").read_text() == dry.stdout
     about = cluster.about(training.job)
-    assert (about["JobName"], about["NumNodes"], about["TimeLimit"]) == ("pixart-run-stage1", "1-2", "00:15:00")
+    assert (about["JobName"], about["TimeLimit"]) == ("pixart-run-stage1", "00:15:00")
     again = call("launch", "stage1", "--run", run, *options)
     assert again.returncode == 2
     assert f"job {training.job} of this stage is pending already" in again.stderr
@@ -205,7 +205,6 @@ def test_a_node_whose_ranks_fail_before_the_first_step_is_left_out(cluster: Clus
         (["--constraint", "a100"], "constraint a100: no node of partition gpu has it; they have: v100-32g"),
         (["--time", "8-00:00:00"], "time 8-00:00:00: partition gpu allows 168 h"),
         (["--time", "0:30"], "time 0:30 is not even twice warning_s (20 s)"),
-        (["--account", "nobody", "--qos", "no-such"], "Slurm would not take the job"),
         (["--set", "length.steps=3"], "these keys belong to the run and cannot change between attempts"),
     ],
 )
@@ -215,6 +214,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_submitted(
     words = options if "--profile" in options else ["--profile", "test-cluster", *options]
     answer = call("launch", "stage1", "--run", run, *words)
     assert (answer.returncode, message in answer.stderr) == (2, True), answer.stderr
+    assert not cluster.tell("squeue", "-h")
+
+
+def test_what_slurm_itself_refuses_is_told_in_its_words(cluster: Cluster, run: Path, tmp_path: Path) -> None:
+    answer = call("launch", "stage1", "--run", run, "--profile", site(tmp_path, "sbatch: {licenses: no-such}"))
+    assert answer.returncode == 2
+    assert "Slurm would not take the job: " in answer.stderr
+    assert "Invalid license specification" in answer.stderr
     assert not cluster.tell("squeue", "-h")
 
 
