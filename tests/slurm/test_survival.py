@@ -187,8 +187,8 @@ def test_an_attempt_that_lives_on_a_lost_node_publishes_nothing(
     (cut_off / node).touch()  # behind a broken network from now on
     cluster.script("mute", node)
     cluster.wait_restart(training.job, 1)
-    training.wait_images(2, 60)
-    assert set(old) & set(training.ranks()), "the old rank is alive while the new one trains"
+    until(training.stage.attempt(2).root.exists, 30, training.output)
+    assert set(old) & set(training.ranks()), "the old rank trains when the new attempt begins"
     until(lambda: not (set(old) & set(training.ranks())), 120, lambda: "the old rank never ended")
     output = training.wait_end(seconds=180)
     assert files.read_json(training.stage.done)["attempt"] == 2
