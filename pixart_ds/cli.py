@@ -467,7 +467,8 @@ def _train(options: argparse.Namespace) -> int:
 
     if options.chain and not options.dry_run:
         create_run(options.run, load_chain(options.chain), options.chain)
-    run, slurm = open_run(options.run), Slurm.of_this_job()
+    # of another launcher's ranks the job knows nothing: it may be a person's own session
+    run, slurm = open_run(options.run), Slurm.of_this_job() if options.launcher == "srun" else None
     _run_frozen(run, slurm, requests, options)
     stage = override_execution(read_stage(run, options.stage), options.sets)
     preflight(run, stage, options.device)
@@ -482,6 +483,8 @@ def _train(options: argparse.Namespace) -> int:
             f"would run {stage.name} of {run.root} ({stage.total_steps} steps of {stage.global_batch_size} images) with {launcher}"
         )
         return EXIT_DONE
+    if isinstance(launcher, SrunLauncher):
+        launcher.tasks()  # refuses what is no allocation before an attempt begins
     layout = run.stage(stage.name)
     with ProgressBar(layout.attempts, stage.total_images, stage.name):
         return supervise(

@@ -5,7 +5,8 @@ export RUN=${RUN:-$SLURM_SUBMIT_DIR/runs/first}
 
 # Software. Modules of your site here (in a profile: `setup`), then the environment that `make setup` (or pip) made.
 # module load cuda/12.6
-source "${VENV:-$SLURM_SUBMIT_DIR/.venv}/bin/activate"
+venv=${VENV:-$SLURM_SUBMIT_DIR/.venv}
+if [ -f "$venv/bin/activate" ]; then source "$venv/bin/activate"; else export PATH=$venv/bin:$PATH; fi # conda's have none
 
 # Attempts run the run's own copy of the code, once there is one: editing the checkout then changes no job.
 if [ -f "$RUN/code/current.json" ]; then

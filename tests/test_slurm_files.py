@@ -81,6 +81,33 @@ def test_a_job_of_a_run_says_where_everything_is() -> None:
     )
 
 
+def test_a_description_and_a_folder_cannot_break_the_header() -> None:
+    """sbatch stops reading options at the first line that is no comment."""
+    stage = load_stage("stage2").model_copy(update={"description": "two\nlines\n"})
+    place = Place(Path("/my runs/a,b"), Path("/c"), Path("/v"), Path("/my runs/%j.out"))
+    header = JobSpec(stage, load_profile("a100"), place, exclude=["n1", "n7"]).render().split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    options = options_of(header)
+    assert (options["output"], options["exclude"]) == ('"/my runs/%j.out"', "n1,n7")
+    assert re.fullmatch(r"pixart-a_b-stage2-[0-9a-f]{6}", options["job-name"])
+
+
+def test_runs_of_the_same_name_have_jobs_of_different_names() -> None:
+    names = {
+        JobSpec(load_stage("stage2"), load_profile("a100"), Place(Path(run), Path("/c"), Path("/v"), Path("/o"))).name
+        for run in ("/one/first", "/two/first")
+    }
+    assert len(names) == 2
+
+
+def test_only_names_of_secrets_look_like_secrets(tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(
+        "description: a site\ngpus_per_node: 8\nenvironment: {TOKENIZERS_PARALLELISM: 'false', MONKEY: 1}\n"
+    )
+    assert load_profile(str(path)).environment["MONKEY"] == 1
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

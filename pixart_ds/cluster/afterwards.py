@@ -13,7 +13,7 @@ from pixart_ds import files
 from pixart_ds.cluster import bad_nodes
 from pixart_ds.cluster.requeue import cause_of, decide
 from pixart_ds.cluster.slurm import Slurm, call, own_jobs
-from pixart_ds.errors import EXIT_DONE, EXIT_STOPPED
+from pixart_ds.errors import EXIT_DONE, EXIT_STOPPED, MachineError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
 from pixart_ds.train.attempt import attempts_without_progress
@@ -60,22 +60,36 @@ def follow(job: Job, outcome: dict[str, Any], requests: Sequence[str], limit: in
         return int(outcome["exit_code"])
     if job.successor:
         job.log.event(f"job {job.slurm.job} ends; the one behind it goes on")
+        for each in _waiting_behind(job.slurm):
+            _exclude(job, Slurm(each, 0))
         return EXIT_DONE
-    return _requeue(job, decision.why, list(bad_nodes.excluded(job.run)))
+    return _requeue(job, decision.why)
 
 
-def _requeue(job: Job, why: str, without: list[str]) -> int:
+def _requeue(job: Job, why: str) -> int:
     """Puts the job back; Slurm then ends this process within its KillWait."""
-    job.log.event(f"job {job.slurm.job} is requeued: {why}" + (f"; without {', '.join(without)}" if without else ""))
+    job.log.event(f"job {job.slurm.job} is requeued: {why}")
     if (refusal := job.slurm.requeue()) is not None:
         job.log.event(
             f"scontrol requeue {job.slurm.job}: {refusal}; submit it again, or set `requeue: false` in the profile of a site "
             "that forbids it"
         )
         return EXIT_STOPPED
-    if (refusal := job.slurm.exclude(without)) is not None:
-        job.log.event(f"the nodes cannot be left out: {refusal}")
+    _exclude(job, job.slurm)
     return EXIT_DONE
+
+
+def _exclude(job: Job, waiting: Slurm) -> None:
+    """Has a job in the queue leave the bad nodes out, beside those that its submitter left out; expired ones it may have again."""
+    state = waiting.state()
+    bad, past = bad_nodes.excluded(job.run), bad_nodes.expired(job.run)
+    had = frozenset() if state is None else state.excluded
+    wanted = (had - past) | set(bad)
+    if wanted == had:
+        return
+    refusal = waiting.exclude(wanted)
+    said = ", ".join(sorted(wanted)) or "all nodes may be had again"
+    job.log.event(f"job {waiting.job} leaves out {said}" if refusal is None else f"nodes cannot be left out: {refusal}")
 
 
 def nothing_to_do(slurm: Slurm | None, log: Log) -> int:
@@ -88,7 +102,11 @@ def nothing_to_do(slurm: Slurm | None, log: Log) -> int:
 def submit_successor(slurm: Slurm, log: Log) -> None:
     """Sees to it that one job waits behind this one, from the same script; of one name Slurm runs one at a time (singleton)."""
     name = os.environ.get("SLURM_JOB_NAME", "")
-    if any(each["job"] != slurm.job for each in own_jobs(name)):
+    try:
+        if any(each["job"] != slurm.job for each in own_jobs(name)):
+            return
+    except MachineError as error:
+        log.event(f"no job is put behind this one: {error.what}")
         return
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "job.sbatch"
@@ -100,8 +118,14 @@ def submit_successor(slurm: Slurm, log: Log) -> None:
     log.event(f"job {number} waits behind this one" if number else f"no job waits behind this one: sbatch: {refusal}")
 
 
+def _waiting_behind(slurm: Slurm) -> list[str]:
+    """Jobs of this one's name that wait for it."""
+    there = own_jobs(os.environ.get("SLURM_JOB_NAME", ""))
+    return [each["job"] for each in there if (each["state"], each["reason"]) == ("PENDING", "Dependency")]
+
+
 def _withdraw_successors(slurm: Slurm, log: Log) -> None:
-    for each in own_jobs(os.environ.get("SLURM_JOB_NAME", "")):
-        if each["job"] != slurm.job and each["state"] == "PENDING" and each["reason"] == "Dependency":
-            call("scancel", each["job"])
-            log.event(f"job {each['job']}, which waited behind this one, is withdrawn")
+    for number in _waiting_behind(slurm):
+        if number != slurm.job:
+            call("scancel", number)
+            log.event(f"job {number}, which waited behind this one, is withdrawn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection
 
 from pixart_ds.cluster.guardian import Guardian
 from pixart_ds.cluster.requests import Requests
@@ -13,6 +14,7 @@ from pixart_ds.layout import AttemptLayout
 from pixart_ds.log import Log
 
 _PERIOD_S = 10.0
+_JOIN_S = 5.0
 
 
 class Allocation:
@@ -32,6 +34,7 @@ class Allocation:
         self._guardian = Guardian(slurm, attempt.guardian_log)
         self._seen = slurm.state()
         self._nodes: set[str] = set()
+        self._unreachable: set[str] = set()
         self._over = threading.Event()
         self._asker = threading.Thread(target=self._ask_on, name="slurm", daemon=True)
         self._asker.start()
@@ -40,6 +43,8 @@ class Allocation:
     def _ask_on(self) -> None:
         while not self._over.wait(_PERIOD_S):
             self._seen = self.slurm.state() or self._seen
+            if self._nodes and self._seen is not None and not self._over.is_set():
+                self._guardian.keep(self._seen, self._unreachable)
 
     def describe(self) -> dict[str, object]:
         """Where the attempt runs, for `env.json`; and a line in the log."""
@@ -57,18 +62,24 @@ class Allocation:
         """Asks for a stop when the time limit is near or the job is to make room, once each; does not wait for Slurm."""
         if self._seen is None:
             return
-        if self._seen.preempted and "preemption" not in self._requests.names:
+        if self._requests.names:
+            return
+        if self._seen.preempted:
             self._requests.names.append("preemption")
-        near = self._seen.end is not None and time.time() > self._seen.end - self._margin_s
-        if near and not self._requests.names:  # during a grace, its end
+        elif self._seen.end is not None and time.time() > self._seen.end - self._margin_s:
             self._requests.names.append("walltime")
 
-    def launch_begins(self) -> None:
-        """Remembers the nodes that the ranks are about to be started on, and keeps the guardian on one of them."""
-        state = self._seen = self.slurm.state() or self._seen
-        if state is not None:
-            self._nodes = set(expand(state.nodes))
-            self._guardian.keep(state)
+    def launch_begins(self, unreachable: Collection[str]) -> None:
+        """Remembers the nodes that the ranks are about to be started on, and keeps the guardian on one of them.
+
+        Args:
+            unreachable: Nodes that the job has, and that this launch leaves out.
+        """
+        self._seen = self.slurm.state() or self._seen
+        self._unreachable = set(unreachable)
+        if self._seen is not None:
+            self._nodes = set(expand(self._seen.nodes)) - self._unreachable
+            self._guardian.keep(self._seen, self._unreachable)
 
     def lost_nodes(self) -> list[str]:
         """Those of the launch's nodes that the job has lost since."""
@@ -87,4 +98,5 @@ class Allocation:
     def end(self) -> None:
         """Asks no more, and ends the guardian."""
         self._over.set()
+        self._asker.join(_JOIN_S)
         self._guardian.end()

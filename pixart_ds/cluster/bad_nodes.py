@@ -71,3 +71,8 @@ def excluded(run: RunLayout, now: float | None = None) -> dict[str, str]:
     now = time.time() if now is None else now
     rows = files.read_json_lines(run.bad_nodes)
     return {row["node"]: row["reason"] for row in rows if row["since"] <= now < row["until"]}
+
+
+def expired(run: RunLayout, now: float | None = None) -> set[str]:
+    """The nodes that were left out, and need not be any more."""
+    return {row["node"] for row in files.read_json_lines(run.bad_nodes)} - set(excluded(run, now))

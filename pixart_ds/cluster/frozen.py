@@ -61,16 +61,23 @@ def freeze(run: RunLayout, by: str, *, update: bool = False, dry_run: bool = Fal
         update: Copy what this process runs in place of what was frozen before, which stays for jobs that run it.
         dry_run: Copy nothing, and say what would be.
     """
-    before = current(run)
-    if before is not None and not update:
-        return before
+    if not update:
+        if (before := current(run)) is not None:
+            return before
+    elif (_PACKAGE.parent / FROZEN_NAME).exists():
+        raise ConfigError(
+            "this process runs a frozen copy itself, and has no other code to take",
+            where=_PACKAGE.parent,
+            remedy="call --update-code from the checkout: pixart-ds launch … --update-code",
+        )
+    before_hash = _recorded(run)
     here = _files()
     found = _hash(here)
     folder = run.code / found
-    changes = before is None or before.hash != found
+    changes = before_hash != found
     if dry_run:
         return Frozen(folder.absolute(), found, code_commit(), _changed(), changes)
-    if not folder.exists():
+    if not (folder / FROZEN_NAME).exists():
         run.code.mkdir(exist_ok=True)
         temporary = files.temporary_name(folder)
         for name, path in here.items():
@@ -78,6 +85,8 @@ def freeze(run: RunLayout, by: str, *, update: bool = False, dry_run: bool = Fal
             shutil.copyfile(path, temporary / name)
         about = {"hash": found, "commit": code_commit(), "changed": _changed(), "files": len(here)}
         files.write_json(temporary / FROZEN_NAME, about)
+        if folder.exists():  # damaged, or being made: it is kept for a person to see
+            os.rename(folder, files.temporary_name(folder))
         try:
             os.rename(temporary, folder)
         except OSError:  # another process has made the same copy meanwhile
@@ -85,8 +94,9 @@ def freeze(run: RunLayout, by: str, *, update: bool = False, dry_run: bool = Fal
     if changes:
         files.write_json(run.code / "current.json", {"hash": found})
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        replaces = None if before is None else before.hash
-        files.append_json_line(run.code / "history.jsonl", {"hash": found, "replaces": replaces, "by": by, "at": now})
+        files.append_json_line(
+            run.code / "history.jsonl", {"hash": found, "replaces": before_hash, "by": by, "at": now}
+        )
     chosen = current(run)
     assert chosen is not None
     return replace(chosen, new=changes)
@@ -98,16 +108,24 @@ def current(run: RunLayout) -> Frozen | None:
     Raises:
         ConfigError: It is recorded, but gone.
     """
-    path = run.code / "current.json"
-    if not path.exists():
+    if (recorded := _recorded(run)) is None:
         return None
-    folder = run.code / files.read_json(path, error=ConfigError)["hash"]
+    folder = run.code / recorded
     about = files.read_json(
         folder / FROZEN_NAME,
         error=ConfigError,
         remedy="the run's copy of the code is damaged: freeze it anew with --update-code",
     )
     return Frozen(folder.absolute(), about["hash"], about["commit"], about["changed"], new=False)
+
+
+def _recorded(run: RunLayout) -> str | None:
+    """The hash of the copy that counts; None if there is none."""
+    path = run.code / "current.json"
+    if not path.exists():
+        return None
+    found: str = files.read_json(path, error=ConfigError)["hash"]
+    return found
 
 
 def runs_here(frozen: Frozen) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from pixart_ds.cluster.slurm import JobState, Slurm, expand
@@ -21,7 +22,8 @@ _PERIOD_S = 10.0
 
 def script_is_lost(state: JobState) -> bool:
     """Whether a running job no longer has the node that its script runs on."""
-    return state.state == "RUNNING" and bool(state.nodes) and state.batch_host not in expand(state.nodes)
+    known = bool(state.nodes and state.batch_host)
+    return state.state == "RUNNING" and known and state.batch_host not in expand(state.nodes)
 
 
 def guard(slurm: Slurm, tell: Callable[[str], None], period_s: float = _PERIOD_S) -> None:
@@ -35,9 +37,12 @@ def guard(slurm: Slurm, tell: Callable[[str], None], period_s: float = _PERIOD_S
             return
         if script_is_lost(state):
             tell(f"the job's script ran on {state.batch_host}, which is lost: the job is requeued")
-            if (refusal := slurm.requeue()) is None:
-                return
-            tell(refusal)
+            if (
+                refusal := slurm.requeue()
+            ) is not None:  # a site that forbids it: better ended than idle, others may wait
+                tell(f"scontrol requeue: {refusal}; the job is ended")
+                slurm.cancel()
+            return
 
 
 class Guardian:
@@ -52,16 +57,29 @@ class Guardian:
         self._slurm, self._log = slurm, log
         self._process: subprocess.Popen[bytes] | None = None
         self._node: str | None = None
+        self._lock = threading.Lock()
 
-    def keep(self, state: JobState) -> None:
+    def keep(self, state: JobState, unreachable: Collection[str] = ()) -> None:
         """Sees to it that it runs on a node that the job has; a job of a single node needs none, Slurm requeues it itself."""
-        others = [node for node in expand(state.nodes) if node != state.batch_host]
+        with self._lock:
+            self._keep([node for node in expand(state.nodes) if node not in (state.batch_host, *unreachable)])
+
+    def _keep(self, others: list[str]) -> None:
         running = self._process is not None and self._process.poll() is None
         if not others or (running and self._node in others):
             return
         self.end()
         self._node = others[0]
-        argv = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self._node}", "--gres=none", "--mem=0"]
+        argv = [
+            "srun",
+            "--export=ALL",
+            "--overlap",
+            "--nodes=1",
+            "--ntasks=1",
+            f"--nodelist={self._node}",
+            "--gres=none",
+            "--mem=0",
+        ]
         argv += ["--cpus-per-task=1", sys.executable, "-m", "pixart_ds.cluster.guardian"]
         argv += [self._slurm.job, str(self._slurm.restarts), str(self._log)]
         with open(self._log, "ab") as log:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,18 +42,25 @@ class JobSpec:
         profile: The site.
         place: Of one run; None for the checked-in files, which find everything where they are submitted.
         sets: Overrides of `execution` that the stage is trained with, KEY=VALUE.
+        exclude: Nodes that it shall not get.
     """
 
     stage: StageConfig
     profile: Profile
     place: Place | None = None
     sets: Sequence[str] = ()
+    exclude: Sequence[str] = ()
 
     @property
     def name(self) -> str:
         """Of the job; where jobs wait behind each other, those of one name do."""
-        run = "" if self.place is None else f"{self.place.run.name}-"
-        return f"pixart-{run}{self.stage.name}"
+        if self.place is None:
+            return f"pixart-{self.stage.name}"
+        run = re.sub(r"[^\w.-]", "_", self.place.run.name)
+        which = hashlib.sha256(str(self.place.run).encode()).hexdigest()[
+            :6
+        ]  # runs in other folders may have the same name
+        return f"pixart-{run}-{self.stage.name}-{which}"
 
     @property
     def nodes(self) -> str:
@@ -71,7 +80,8 @@ class JobSpec:
         paper = ""
         if stage.paper_gpus is not None and stage.paper_gpu_days is not None:
             paper = f"; the paper used {stage.paper_gpus} V100s for {stage.paper_gpu_days:g} GPU-days"
-        yield f"# {stage.name}: {stage.description}{paper}."
+        about = " ".join(stage.description.split())  # the first line that is no comment would end the header
+        yield f"# {stage.name}: {about}{paper}."
         if self.place is None:
             yield f"# From the top of the checkout: sbatch slurm/{stage.name}.sbatch. The run's folder and modules: slurm/setup.sh."
             yield "# Edit partition, account, constraint and time below; or write a profile (slurm/profiles/): pixart-ds launch."
@@ -79,7 +89,7 @@ class JobSpec:
         for key in ("partition", "account", "qos", "constraint"):
             value = getattr(profile, key)
             if value is not None:
-                yield f"#SBATCH --{key}={value}"
+                yield _option(key, value)
             elif self.place is None and key in _EXAMPLES:
                 yield f"##SBATCH --{key}={_EXAMPLES[key]}"
         if self.place is None:
@@ -87,12 +97,14 @@ class JobSpec:
         yield f"#SBATCH --nodes={self.nodes}"
         if profile.exclusive:
             yield "#SBATCH --exclusive"
-        yield f"#SBATCH --gres={profile.gres or f'gpu:{profile.gpus_per_node}'}"
+        yield _option("gres", profile.gres or f"gpu:{profile.gpus_per_node}")
         yield f"#SBATCH --time={self.time}"
         for key, value in profile.sbatch.items():
             if value is not False:
-                yield f"#SBATCH --{key}" + ("" if value is True else f"={value}")
-        yield f"#SBATCH --output={self.place.output if self.place else f'{self.name}-%j.out'}"
+                yield f"#SBATCH --{key}" if value is True else _option(key, value)
+        if self.exclude:
+            yield _option("exclude", ",".join(self.exclude))
+        yield _option("output", self.place.output if self.place else f"{self.name}-%j.out")
         yield "# A preempted or requeued job starts again and resumes; its output goes on in the same file."
         yield "#SBATCH --requeue" if profile.requeue else "#SBATCH --no-requeue"
         yield "#SBATCH --open-mode=append"
@@ -137,8 +149,13 @@ class JobSpec:
 
     def _cache(self) -> Iterator[str]:
         if self.profile.cache is not None:
-            for key, value in self.profile.cache.model_dump(exclude_defaults=True).items():
+            for key, value in self.profile.cache.model_dump(exclude_unset=True).items():
                 yield f"execution.cache.{key}={value}"
+
+
+def _option(key: str, value: object) -> str:
+    text = str(value)
+    return f"#SBATCH --{key}=" + (f'"{text}"' if re.search(r"\s", text) else text)
 
 
 def _span(seconds: int) -> str:

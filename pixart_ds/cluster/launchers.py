@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -43,16 +43,18 @@ class Failed:
     """The first rank that ended with an error.
 
     Attributes:
-        rank: Which; None where its whole node was lost.
+        rank: Which; None where its whole node was lost, or the launcher itself failed.
         code: Its exit code; negative: the signal that killed it.
-        node: Where it ran.
+        node: Where it ran; None if the launcher itself failed.
     """
 
     rank: int | None
     code: int
-    node: str
+    node: str | None
 
     def __str__(self) -> str:
+        if self.node is None:
+            return f"srun ended with exit code {self.code}"
         if self.rank is None:
             return f"the node {self.node} was lost"
         how = (
@@ -85,13 +87,23 @@ class Ranks(Protocol):
         """The file with a rank's output."""
         ...
 
-    def last_words(self, rank: int) -> str:
-        """The end of a rank's output."""
+    def listening(self) -> bool:
+        """Whether all ranks are there to hear a signal."""
+        ...
+
+    def last_words(self, rank: int | None) -> str:
+        """The end of a rank's output; without a rank, of what the launcher said."""
         ...
 
 
 class Launcher(Protocol):
-    """Starts ranks."""
+    """Starts ranks.
+
+    Attributes:
+        unreachable: Nodes of the allocation that it leaves out.
+    """
+
+    unreachable: set[str]
 
     def start(self, request: LaunchRequest, output: TextIO) -> Ranks:
         """Starts all ranks of a launch; rank 0's lines also go to `output`."""
@@ -111,6 +123,7 @@ class LocalLauncher:
     processes: int
     extra: Sequence[str] = ()
     command: Sequence[str] = RANK_MODULE
+    unreachable: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         return f"{self.processes} local process" + ("es" if self.processes > 1 else "")
@@ -173,8 +186,11 @@ class LocalRanks:
     def log_of(self, rank: int) -> Path:
         return self._request.attempt.rank_log(self._request.launch, rank)
 
-    def last_words(self, rank: int) -> str:
-        return tail_of(self.log_of(rank))
+    def listening(self) -> bool:
+        return True
+
+    def last_words(self, rank: int | None) -> str:
+        return "" if rank is None else tail_of(self.log_of(rank))
 
 
 LAST_LINES = 15

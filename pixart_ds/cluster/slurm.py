@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class JobState:
         num_nodes: How many those are.
         gres: GPUs of each node, by their indices: n[1-2] → gpu:v100:8(IDX:0-7).
         batch_host: The node that its script runs on.
+        excluded: Nodes that it shall not get.
     """
 
     state: str
@@ -43,6 +44,7 @@ class JobState:
     num_nodes: int
     gres: dict[str, str]
     batch_host: str
+    excluded: frozenset[str] = frozenset()
 
     @property
     def ended_by_time_limit(self) -> bool:
@@ -67,6 +69,7 @@ class JobState:
                 num_nodes=int(found["NumNodes"].split("-")[0]),
                 gres=dict(re.findall(r"Nodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)", text)),
                 batch_host=found.get("BatchHost", ""),
+                excluded=frozenset(expand(found.get("ExcNodeList", "").replace("(null)", ""))),
             )
         except KeyError as cause:
             raise ValueError(f"scontrol said {text[:200]!r}, without {cause.args[0]}") from cause
@@ -87,7 +90,11 @@ class Slurm:
     def of_this_job(cls) -> Slurm | None:
         """The job that this process runs in; None outside of one."""
         job = os.environ.get("SLURM_JOB_ID")
-        return None if job is None else cls(job, int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0))
+        if job is None:
+            return None
+        if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # the number of its last task is the array's own
+            job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        return cls(job, int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0))
 
     def state(self) -> JobState | None:
         """The job as Slurm sees it now; None if it gives no answer, as happens while it takes a job down."""
@@ -98,19 +105,45 @@ class Slurm:
             time.sleep(0.3 * attempt)
         return None
 
-    def requeue(self) -> str | None:
-        """Puts the job back into the queue; Slurm then ends this process. Returns what Slurm said against it, if it did."""
-        return _refusal(call("scontrol", "requeue", self.job))
+    def requeue(self, patience_s: float = 60.0) -> str | None:
+        """Puts the job back into the queue; Slurm then ends this process. Returns what Slurm said against it, if it did.
 
-    def exclude(self, nodes: Sequence[str]) -> str | None:
-        """Names the nodes that a job in the queue shall not get; an empty list lets it have all again."""
+        A controller that does not answer, as while it is started anew, is asked again for `patience_s`.
+        """
+        until = time.monotonic() + patience_s
+        while (refusal := _refusal(call("scontrol", "requeue", self.job))) is not None:
+            if not re.search(r"[Uu]nable to contact|[Tt]imed out|no answer|Connection|try again", refusal):
+                return refusal
+            state = self.state()
+            if state is not None and state.restarts > self.restarts:  # it had been heard
+                return None
+            if time.monotonic() > until:
+                return refusal
+            time.sleep(3.0)
+        return None
+
+    def exclude(self, nodes: Collection[str]) -> str | None:
+        """Names the nodes that the job, being in the queue, shall not get; none lets it have all again."""
         refusal: str | None = None
         for attempt in range(_TRIES):  # a moment may pass between `requeue` and the queue
             time.sleep(0.3 * attempt)
-            refusal = _refusal(call("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(nodes)}"))
+            names = ",".join(sorted(nodes))
+            refusal = _refusal(call("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={names}"))
             if refusal is None:
                 return None
         return refusal
+
+    def cancel(self) -> None:
+        """Ends the job for good."""
+        call("scancel", self.job)
+
+    def responds(self, node: str) -> bool:
+        """Whether Slurm still hears from a node; it needs some seconds to notice that it does not."""
+        answer = call("sinfo", "-h", "-n", node, "-o", "%T")
+        states = answer.stdout.split()
+        return answer.returncode == 0 and not any(
+            each.endswith("*") or "down" in each or "fail" in each for each in states
+        )
 
     def signal_steps(self, name: str) -> None:
         """Sends a signal to all tasks of the job, and not to its script."""
@@ -214,6 +247,8 @@ def parse_partitions(text: str) -> list[Partition]:
 
     rows: list[Partition] = []
     for line in text.splitlines():
+        if line.count("|") != 4:  # some releases head each cluster's rows in spite of -h
+            continue
         name, limit, nodes, gres, features = line.split("|")
         gpus = [int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres)]
         rows.append(
@@ -230,7 +265,13 @@ def parse_partitions(text: str) -> list[Partition]:
 
 
 def own_jobs(name: str) -> list[dict[str, Any]]:
-    """This user's jobs of a name that wait or run: number, state, reason."""
+    """This user's jobs of a name that wait or run: number, state, reason.
+
+    Raises:
+        MachineError: Slurm does not answer.
+    """
     answer = call("squeue", "-h", "--me", f"--name={name}", "-o", "%i|%T|%r")
-    rows = [line.split("|", 2) for line in answer.stdout.splitlines()]
+    if answer.returncode:
+        raise MachineError(f"squeue: {answer.stderr.strip()}", remedy="ask whether slurmctld is up: scontrol ping")
+    rows = [line.split("|", 2) for line in answer.stdout.splitlines() if line.count("|") >= 2]
     return [{"job": job, "state": state, "reason": reason} for job, state, reason in rows]

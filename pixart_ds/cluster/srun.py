@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -42,6 +41,7 @@ class SrunLauncher:
     command: Sequence[str] = RANK_MODULE
     unreachable: set[str] = field(default_factory=set)
     """Nodes that no rank could be started on: Slurm itself may take minutes to give them up."""
+    _missed: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "srun, one task for each GPU" if self.tasks_per_node is None else f"srun, {self.tasks_per_node} a node"
@@ -70,12 +70,13 @@ class SrunLauncher:
     def argv(self, request: LaunchRequest, nodes: int, each: int) -> list[str]:
         """The whole command line. The wrapper ignores signals until the rank has its handlers, and names the rank."""
         output = request.attempt.node_log(request.launch, "%N")
-        cpus = self.environment.get("SLURM_CPUS_ON_NODE", "")
+        cpus = _fewest_cpus(self.environment)
         return [
             *(self.srun, f"--nodes={nodes}", f"--ntasks={nodes * each}", f"--ntasks-per-node={each}"),
             *([f"--exclude={','.join(sorted(self.unreachable))}"] if self.unreachable else []),
+            "--export=ALL",  # where jobs are submitted with --export=NONE, steps would inherit that
             # said again here: a step does not inherit it, and its tasks would share one core each
-            *([f"--cpus-per-task={max(1, int(cpus) // each)}"] if cpus.isdigit() else []),
+            *([f"--cpus-per-task={max(1, cpus // each)}"] if cpus else []),
             "--overlap",  # the step of a lost node stays in Slurm's books, and the next one would wait for what it held
             *("--kill-on-bad-exit=1", "--wait=60"),
             *("--unbuffered", "--label", f"--output={output}", "--open-mode=append"),
@@ -85,10 +86,26 @@ class SrunLauncher:
             *self.extra,
         ]
 
+    def leave_out(self, nodes: Collection[str]) -> None:
+        """Leaves nodes that could not be reached out of later launches.
+
+        At once if Slurm hears nothing from them either; else when it happens again: the network may have had a passing fault.
+        """
+        for node in nodes:
+            self._missed[node] = self._missed.get(node, 0) + 1
+            if self._missed[node] > 1 or self.slurm is None or not self.slurm.responds(node):
+                self.unreachable.add(node)
+
     def start(self, request: LaunchRequest, output: TextIO) -> SrunRanks:
         """See `Launcher`."""
         nodes, each = self.tasks()
         return SrunRanks(self, self.argv(request, nodes, each), nodes * each, request, output)
+
+
+def _fewest_cpus(environment: Mapping[str, str]) -> int:
+    """CPUs of the node that has fewest, of `40(x7),36`; 0 if Slurm does not say."""
+    text = environment.get("SLURM_JOB_CPUS_PER_NODE") or environment.get("SLURM_CPUS_ON_NODE", "")
+    return min((int(count) for count in re.findall(r"(?:^|,)(\d+)", text)), default=0)
 
 
 def _gpus_per_node(environment: Mapping[str, str]) -> int:
@@ -116,6 +133,11 @@ def parse_srun(text: str) -> Failed | None:
         if found := _TASK_FAILED.search(line):
             return Failed(int(found["rank"]), _code(found["how"]), found["node"])
     return None
+
+
+def nodes_in(text: str) -> set[str]:
+    """All nodes that srun could not reach or has lost."""
+    return {found["node"] for found in _NODE_FAILED.finditer(text)}
 
 
 def _code(how: str) -> int:
@@ -160,7 +182,7 @@ class SrunRanks:
         if not self._waiting or now < self._next_look:
             return
         self._next_look = now + 1.0
-        if len(read_pulses(self._request.attempt, self._request.launch)) == self.world_size:
+        if self.listening():
             for number in self._waiting:
                 self._process.send_signal(number)
             self._waiting.clear()
@@ -180,9 +202,9 @@ class SrunRanks:
                 self._told_bytes = size
                 self._failed = parse_srun(self._told.read_text(encoding="utf-8", errors="replace"))
             if self._failed is None and (code := self._process.poll()):
-                self._failed = Failed(0, code, socket.gethostname())
+                self._failed = Failed(None, code, None)
             if self._failed is not None and self._failed.rank is None:
-                self._launcher.unreachable.add(self._failed.node)
+                self._launcher.leave_out(nodes_in(self._told.read_text(encoding="utf-8", errors="replace")))
         return self._failed
 
     def alive(self) -> bool:
@@ -201,7 +223,12 @@ class SrunRanks:
         nodes = sorted(attempt.root.glob(attempt.node_log(launch, "*").name))
         return next((path for path in nodes if _labelled(path, rank)), own)
 
-    def last_words(self, rank: int) -> str:
+    def listening(self) -> bool:
+        return len(read_pulses(self._request.attempt, self._request.launch)) == self.world_size
+
+    def last_words(self, rank: int | None) -> str:
+        if rank is None:
+            return tail_of(self._told)
         path = self.log_of(rank)
         own = path == self._request.attempt.rank_log(self._request.launch, 0)
         words = tail_of(path) if own and rank == 0 else "\n".join(_labelled(path, rank)[-LAST_LINES:])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_ds import files
-from pixart_ds.cluster import frozen
+from pixart_ds.cluster import bad_nodes, frozen
 from pixart_ds.cluster.jobs import JobSpec, Place
 from pixart_ds.cluster.slurm import Partition, call, own_jobs, partitions
 from pixart_ds.config.load import validate
@@ -91,16 +91,17 @@ def launch(
         MachineError: Slurm is not here, or refuses.
     """
     notes = check(run, stage, profile, partitions())
-    code = frozen.freeze(run, "launch", update=update_code, dry_run=dry_run)
+    code = frozen.freeze(run, "launch", update=update_code, dry_run=True)
     folder = run.stage(stage.name).submissions.absolute()
     place = Place(run.root.absolute(), code.folder, Path(sys.prefix), folder / "%j.out")
-    spec = JobSpec(stage, profile, place, tuple(sets))
+    spec = JobSpec(stage, profile, place, tuple(sets), tuple(bad_nodes.excluded(run)))
     _refuse_second(spec)
     text = spec.render()
     if dry_run:
         return Submission(spec, text, (), code, tuple(notes))
     folder.mkdir(parents=True, exist_ok=True)
     _test_only(text, folder)
+    code = frozen.freeze(run, "launch", update=update_code)  # once nothing can be refused any more
     # where a job cannot go back into the queue, a second one waits behind it: of one name Slurm runs one at a time
     jobs = tuple(_submit(text, folder) for _ in range(1 if profile.requeue else 2))
     return Submission(spec, text, jobs, code, tuple(notes))
@@ -146,7 +147,8 @@ def check(run: RunLayout, stage: StageConfig, profile: Profile, has: Sequence[Pa
 
 
 def _against_site(stage: StageConfig, profile: Profile, has: Sequence[Partition]) -> list[str]:
-    own = [each for each in has if (each.name == profile.partition if profile.partition else each.default)]
+    named = profile.partition.split(",") if profile.partition else []
+    own = [each for each in has if (each.name in named if named else each.default)]
     if not own:
         known = ", ".join(sorted({each.name for each in has})) or "none"
         if profile.partition is None:
@@ -161,8 +163,8 @@ def _against_site(stage: StageConfig, profile: Profile, has: Sequence[Partition]
     if fitting and sum(each.nodes for each in fitting) < least:
         problems.append(f"nodes {least}: partition {name} has {sum(each.nodes for each in fitting)} such nodes")
     features = frozenset().union(*(each.features for each in own))
-    for word in re.findall(r"[\w.-]+", re.sub(r"\*\d+", "", profile.constraint or "")):
-        if word not in features:
+    for word in re.split(r"[\[\]()&|,\s]+", re.sub(r"\*\d+", "", profile.constraint or "")):
+        if word and word not in features:
             problems.append(
                 f"constraint {word}: no node of partition {name} has it; they have: {', '.join(sorted(features)) or 'none'}"
             )

@@ -93,10 +93,11 @@ def supervise(
     with requests:
         record = AttemptRecord.begin(RunLayout(run).stage(stage), device, log)
         if record is None:
-            return afterwards.nothing_to_do(slurm, log)
-        margin_s = timing.walltime_margin_s
-        allocation = None if slurm is None else Allocation(slurm, record.attempt, requests, margin_s, log)
+            return afterwards.nothing_to_do(slurm if successor else None, log)
+        allocation = None
         try:
+            if slurm is not None:
+                allocation = Allocation(slurm, record.attempt, requests, timing.walltime_margin_s, log)
             if slurm is not None and successor:
                 afterwards.submit_successor(slurm, log)
             request = LaunchRequest(run, stage, record.attempt, 1, device)
@@ -161,11 +162,11 @@ class _Attempt:
 
     def _launch(self) -> RankFailure | None:
         if self.allocation is not None:
-            self.allocation.launch_begins()
+            self.allocation.launch_begins(self.launcher.unreachable)
         ranks = self.launcher.start(self.request, self.output)
         launcher = f"supervisor, {self.launcher}"
         self.record.ranks_started(ranks.world_size, launcher, self.request.launch, where=self.where)
-        pulses = PulseWatch(self.request.attempt, self.request.launch, self.deadlines)
+        pulses = PulseWatch(self.request.attempt, self.request.launch, self.deadlines, ranks.world_size)
         started = time.monotonic()
         watch = _Watch(ranks, self.record, self.requests, self.timing, pulses, self.allocation)
         hang = watch.until_all_left(lambda first_step: self._tell_recovery(started, first_step))
@@ -282,11 +283,14 @@ class _Watch:
         self._kill_at = min(self._kill_at or now, now) + self.timing.stacks_s
 
     def _pass_on(self, now: float) -> None:
-        """Tells the ranks of new requests; the second one hurries them, and kills them after a grace."""
+        """Tells the ranks of new requests; a person's second one hurries them, and kills them after a grace."""
         asked = len(self.requests.names)
         if asked > self._told:
             self.ranks.send(signal.SIGTERM)
-            if asked > 1 and self._kill_at is None:
+            hurry = (
+                sum(name in ("SIGINT", "SIGTERM") for name in self.requests.names) > 1
+            )  # a warning and its end are one
+            if (hurry or not self.ranks.listening()) and self._kill_at is None:  # before a first step nothing is lost
                 self._kill_at = now + self.timing.hurry_grace_s
             self._told = asked
 
@@ -299,7 +303,7 @@ def _failure(ranks: Ranks, stepped: bool) -> RankFailure | None:
     """How the first rank that ended with an error did so, with its last words, and its exit code."""
     if (failed := ranks.failed()) is None:
         return None
-    words = "" if failed.rank is None else f":\n{ranks.last_words(failed.rank)}"
+    words = "" if failed.rank is None and failed.node else f":\n{ranks.last_words(failed.rank)}"
     # a rank that raises after a first step has mostly lost a peer: its own node is not to blame
     node = None if failed.code == EXIT_BUG and stepped else failed.node
     return RankFailure(f"{failed}{words}", failed.code, node)

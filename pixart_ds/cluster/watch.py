@@ -37,6 +37,7 @@ class PulseWatch:
     Args:
         attempt, launch: Whose.
         deadlines: What is too long.
+        world_size: Ranks that were started; without it, those that never give a sign of life are not missed.
         clock: Seconds.
     """
 
@@ -45,9 +46,11 @@ class PulseWatch:
         attempt: AttemptLayout,
         launch: int,
         deadlines: DeadlinesConfig,
+        world_size: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._attempt, self._launch, self._deadlines, self._clock = attempt, launch, deadlines, clock
+        self._world_size, self._began = world_size, clock()
         self._beats: dict[int, tuple[int, float]] = {}
         self._next_look = clock()
         self._first_step_at: float | None = None
@@ -70,7 +73,16 @@ class PulseWatch:
             each["silent_s"] = now - self._beats[each["rank"]][1]
         if self._first_step_at is None and any(each["images_seen"] is not None for each in pulses):
             self._first_step_at = now
-        return self._judge(pulses)
+        return self._missing(pulses, now) or self._judge(pulses)
+
+    def _missing(self, pulses: list[dict[str, Any]], now: float) -> Hang | None:
+        """Ranks that have never given a sign of life: their node hangs, or they were never started."""
+        missing = sorted(set(range(self._world_size)) - {each["rank"] for each in pulses})
+        if not missing or now - self._began <= self._deadlines.start:
+            return None
+        listed = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+        word = "rank" if len(missing) == 1 else "ranks"
+        return Hang(f"no sign of life from {word} {listed} within {self._deadlines.start:.0f} s", [], pulses)
 
     def _judge(self, pulses: list[dict[str, Any]]) -> Hang | None:
         silent = [each for each in pulses if each["silent_s"] > self._deadlines.silence]

@@ -112,7 +112,7 @@ class Profile(Section):
         problems = [f"sbatch.{key}: {OWN_OPTIONS[key]}" for key in self.sbatch if key in OWN_OPTIONS]
         problems += [f"sbatch.{key}: write it without dashes" for key in self.sbatch if key.startswith("-")]
         for name in self.environment:
-            if re.search(r"SECRET|TOKEN|PASSWORD|API_KEY|ACCESS_KEY", name.upper()):
+            if re.search(r"(^|_)(SECRET|TOKEN|PASSWORD|PASSWD|KEY)(_|$)", name.upper()):
                 problems.append(
                     f"environment.{name} looks like a secret, which would stand in the job's script; "
                     "set it in the shell that submits, or in a file that only you can read"

@@ -59,6 +59,11 @@ class Rank:
         self.wait()
         self.first_writes(self.attempt / "stopped.json", '{"images_seen": 640, "reason": "SIGTERM"}')
 
+    def save_late(self) -> None:
+        self.wait()
+        time.sleep(1.5)
+        self.first_writes(self.attempt / "stopped.json", '{"images_seen": 640, "reason": "SIGUSR1"}')
+
     def leave_when_asked(self) -> None:
         self.wait()
 

@@ -31,11 +31,12 @@ def request_of(folder: Path) -> LaunchRequest:
 
 
 def test_srun_gives_one_task_for_each_gpu(tmp_path: Path) -> None:
-    launcher = SrunLauncher(environment={**SLURM, "SLURM_CPUS_ON_NODE": "40"}, extra=["--set", "a=1"])
+    launcher = SrunLauncher(environment={**SLURM, "SLURM_JOB_CPUS_PER_NODE": "48(x7),40"}, extra=["--set", "a=1"])
     argv = launcher.argv(request_of(tmp_path), *launcher.tasks())
     own = argv.index(sys.executable)
     attempt = tmp_path / "stage2" / "attempts" / "0003"
-    assert argv[:5] == ["srun", "--nodes=8", "--ntasks=64", "--ntasks-per-node=8", "--cpus-per-task=5"]
+    assert argv[:4] == ["srun", "--nodes=8", "--ntasks=64", "--ntasks-per-node=8"]
+    assert {"--cpus-per-task=5", "--export=ALL", "--overlap"} <= set(argv[4:own])
     assert {"--kill-on-bad-exit=1", "--wait=60", "--label", f"--output={attempt}/node-%N-l01.txt"} <= set(argv[5:own])
     assert argv[own + 1 : own + 4] == ["-m", "pixart_ds.cluster.task", str(attempt / "rank-00000-l01.txt")]
     told = ["--run", str(tmp_path), "--stage", "stage2", "--attempt", "3", "--launch", "1", "--device", "cuda"]

@@ -70,7 +70,7 @@ class World:
                 {**about, "phase": "compute", "for_s": 0.1, "deadline": "step", "images_seen": 640, "own_s": 1.0}
             )
         limits = DeadlinesConfig(**{"step": 100.0, "start": 500.0, "silence": 30.0, **deadlines})
-        self.watch = PulseWatch(self.attempt, 1, limits, clock=lambda: self.now)
+        self.watch = PulseWatch(self.attempt, 1, limits, size, clock=lambda: self.now)
 
     def after(self, seconds: float, *, silent: tuple[int, ...] = ()) -> str | None:
         """Lets time pass, in which all but some ranks give signs of life; what is found."""
@@ -142,3 +142,14 @@ def test_signs_of_an_earlier_launch_do_not_count(tmp_path: Path) -> None:
     world = World(tmp_path, 2)
     world.ranks[1] |= {"launch": 0, "for_s": 1e6}
     assert world.after(60) is None
+
+
+def test_ranks_that_never_give_a_sign_of_life_are_named_and_no_node_is_blamed(tmp_path: Path) -> None:
+    world = World(tmp_path, 4)
+    del world.ranks[2:]
+    for each in world.ranks:
+        each |= {"images_seen": None, "deadline": "start", "phase": "together"}
+    assert world.after(498) is None
+    found = world.after(6)
+    assert found is not None
+    assert "no sign of life from ranks 2, 3 within 500 s" in found

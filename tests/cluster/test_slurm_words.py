@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pixart_ds.cluster import bad_nodes
-from pixart_ds.cluster.guardian import script_is_lost
+from pixart_ds.cluster.guardian import guard, script_is_lost
 from pixart_ds.cluster.launchers import Failed
 from pixart_ds.cluster.requeue import Cause, cause_of, decide
-from pixart_ds.cluster.slurm import JobState, expand, parse_partitions
+from pixart_ds.cluster.slurm import JobState, Slurm, expand, parse_partitions
 from pixart_ds.cluster.srun import parse_srun
 from pixart_ds.layout import RunLayout
 
@@ -144,6 +145,7 @@ def test_partitions() -> None:
 def test_a_script_is_lost_when_its_node_is() -> None:
     assert not script_is_lost(job())
     assert script_is_lost(job(NodeList="n2", NumNodes="1"))
+    assert not script_is_lost(job(NodeList="n2", NumNodes="1", BatchHost=""))
     assert not script_is_lost(job(NodeList="n2", NumNodes="1", JobState="COMPLETING"))
 
 
@@ -181,3 +183,53 @@ def test_a_bad_node_is_left_out_until_it_expires(tmp_path: Path) -> None:
     assert list(bad_nodes.excluded(run, now=3000.0)) == ["n1", "n2"]
     assert list(bad_nodes.excluded(run, now=1500.0 + bad_nodes.EXPIRE_S)) == ["n2"]
     assert bad_nodes.excluded(run, now=9e9) == {}
+
+
+def test_a_task_of_an_array_has_the_arrays_number_and_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "71", "SLURM_ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    slurm = Slurm.of_this_job()
+    assert slurm is not None
+    assert (slurm.job, slurm.restarts) == ("71_3", 2)
+
+
+def tools(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> Path:
+    """Programs of Slurm that are none; they write down what they are called with."""
+    for name, script in scripts.items():
+        path = folder / name
+        path.write_text(f'#!/bin/sh\necho {name} "$@" >> {folder}/calls\n{script}\n')
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder / "calls"
+
+
+def test_a_controller_that_does_not_answer_is_asked_again_to_requeue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = (
+        '[ "$1" = show ] && exit 1\n'
+        f"[ -e {tmp_path}/up ] && exit 0\n"
+        f'touch {tmp_path}/up; echo "Unable to contact slurm controller" >&2; exit 1'
+    )
+    calls = tools(tmp_path, monkeypatch, scontrol=answer)
+    assert Slurm("7", 0).requeue() is None
+    assert calls.read_text().count("scontrol requeue 7") == 2
+
+
+def test_a_site_that_forbids_to_requeue_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tools(
+        tmp_path, monkeypatch, scontrol='echo "Requested operation is presently disabled for job 7" >&2; exit 1'
+    )
+    assert "disabled" in (Slurm("7", 0).requeue() or "")
+    assert calls.read_text() == "scontrol requeue 7\n"
+
+
+def test_a_guardian_ends_a_job_that_it_cannot_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = JOB.replace("NodeList=n[1-2] ", "NodeList=n2 ")
+    script = f'[ "$1" = show ] && echo "{lost}" && exit 0; echo "presently disabled" >&2; exit 1'
+    calls = tools(tmp_path, monkeypatch, scontrol=script, scancel="exit 0")
+    told: list[str] = []
+    guard(Slurm("1", 0), told.append, period_s=0.01)
+    assert "scancel 1" in calls.read_text()
+    assert told[-1].endswith("the job is ended")

@@ -240,7 +240,7 @@ def test_a_job_that_saves_nothing_new_again_and_again_is_not_requeued(tmp_path: 
     for attempt in (1, 2, 3):
         slurm = FakeSlurm()
         code, text = go(stage, "save-when-asked", after=0.7, timing=Timing(fruitless_attempts=3), slurm=slurm)
-        assert (code, slurm.told) == ((0, ["requeue", "exclude "]) if attempt < 3 else (75, []))
+        assert (code, slurm.told) == ((0, ["requeue"]) if attempt < 3 else (75, []))
     assert "3 attempts in a row have saved nothing new: the job is not requeued" in text
 
 
@@ -262,6 +262,15 @@ def test_a_request_that_came_before_the_ranks_starts_none(tmp_path: Path, monkey
     assert ASKED not in os.environ
     code, _ = go(stage, "done", slurm=FakeSlurm(preempted=True))
     assert outcome(stage, 2)["cause"] == "preemption, before the ranks were started"
+
+
+def test_a_warning_and_the_preemption_that_it_was_for_are_one_request(tmp_path: Path) -> None:
+    """The ranks have the whole grace, and not the little that a person's second Ctrl-C leaves."""
+    stage = a_run(tmp_path)
+    signals = (signal.SIGUSR1, signal.SIGTERM)
+    timing = Timing(hurry_grace_s=0.1, retries=0)
+    code, _ = go(stage, "save-late", after=0.5, signals=signals, timing=timing)
+    assert (code, outcome(stage)["outcome"]) == (75, "stopped")
 
 
 def test_a_signal_waits_while_a_process_is_replaced(tmp_path: Path) -> None:
