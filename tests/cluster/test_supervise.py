@@ -317,8 +317,7 @@ def test_a_living_supervisor_is_respected_and_a_dead_one_is_not(tmp_path: Path) 
     script = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from pixart_ds import files
-from pixart_ds.cluster.launchers import LocalLauncher
+        from pixart_ds.cluster.launchers import LocalLauncher
         from pixart_ds.cluster.supervise import supervise
         launcher = LocalLauncher(1, extra=("--script", "leave-when-asked"), command={FAKE!r})
         supervise(Path({str(stage.root.parent)!r}), "stage1", launcher=launcher, device="cpu")
