@@ -454,8 +454,11 @@ def _change(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from pixart_ds.cluster.requests import Requests
 
-    requests = Requests()  # before anything slow: a signal meanwhile must be neither lost nor the end
+    with Requests() as requests:  # before anything slow: a signal meanwhile must be neither lost nor the end
+        return _train_on(options, requests)
 
+
+def _train_on(options: argparse.Namespace, requests: Requests) -> int:
     from pixart_ds.cluster.launchers import LocalLauncher
     from pixart_ds.cluster.slurm import Slurm
     from pixart_ds.cluster.srun import SrunLauncher

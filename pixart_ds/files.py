@@ -74,6 +74,22 @@ def write_durable(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) 
     sync_folder(path.parent)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a small file that is rewritten all the time: whole for every reader, but not durable.
+
+    Raises:
+        OSError: The disk is full, the folder is read-only, …; the temporary file is removed first, if the disk lets us.
+    """
+    temporary = temporary_name(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink()
+        raise
+
+
 def write_new(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
     """`write_durable` of a file that must not be there yet; of two writers at once, one gets the error.
 
@@ -149,8 +165,10 @@ def append_json_line(path: Path, value: Any) -> None:
         os.close(descriptor)
 
 
-def read_json_lines(path: Path) -> Iterator[Any]:
-    """The values of a JSON-lines file; a torn last line (a killed writer) is left out, a torn inner one raises."""
+def read_json_lines(path: Path, *, torn_ok: bool = False) -> Iterator[Any]:
+    """The values of a JSON-lines file; a torn last line (a killed writer) is left out, a torn inner one raises, or, with `torn_ok`,
+    is left out, too.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -161,6 +179,8 @@ def read_json_lines(path: Path) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError as cause:
+            if torn_ok:
+                continue
             if number == last:  # no newline behind it: it was never finished
                 return
             raise DataError(f"line {number + 1} is not JSON: {line[:80]!r}", where=path) from cause

@@ -60,6 +60,30 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert path.read_bytes() == b"0" * 1000
 
 
+def test_a_text_is_replaced_whole_and_what_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    files.replace_text(path, "old")
+    files.replace_text(path, "α")
+    assert path.read_text(encoding="utf-8") == "α"
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="No space"):
+        files.replace_text(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(OSError, match="No space"):  # not the error of the removal
+        files.replace_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "α"
+
+
 def test_read_json_names_the_file_in_the_callers_kind_of_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no file x.json") as caught:
         files.read_json(tmp_path / "x.json", error=CheckpointError, remedy="save one")
@@ -81,6 +105,7 @@ def test_json_lines_forgive_a_torn_end_but_no_torn_middle(tmp_path: Path) -> Non
     path.write_text('{"n": 0}\n{"n":\n{"n": 2}\n')
     with pytest.raises(DataError, match="line 2"):
         list(files.read_json_lines(path))
+    assert [row["n"] for row in files.read_json_lines(path, torn_ok=True)] == [0, 2]
     assert files.last_json_line(tmp_path / "none.jsonl") is None
 
 

@@ -81,11 +81,11 @@ def change_stage(
         )
     if not lines and "dataset" not in allowed:
         raise ConfigError("nothing would change", where=layout.config, remedy="give --set KEY=VALUE")
-    merged = deepspeed.merge(changed, deepspeed.load_deepspeed(changed.execution.deepspeed))
+    merged = _merged(layout, stage, changed)
     if dry_run:
         return lines
     record = {
-        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         "allowed": list(allowed),
         "differences": lines,
         "before": stage.model_dump(mode="json"),
@@ -94,6 +94,22 @@ def change_stage(
     files.write_json(layout.deepspeed, merged)
     files.write_text(layout.config, dump_yaml(changed))
     return lines
+
+
+def _merged(layout: StageLayout, stage: StageConfig, changed: StageConfig) -> dict[str, Any]:
+    """DeepSpeed's keys of the changed stage: the run's own file, in which a person may have edited what the recipe does not own."""
+    if changed.execution.deepspeed != stage.execution.deepspeed:
+        return deepspeed.merge(changed, deepspeed.load_deepspeed(changed.execution.deepspeed))
+    frozen = files.read_json(layout.deepspeed, error=ConfigError)
+    for key, (value, _) in deepspeed.owned(stage).items():
+        *sections, last = key.split(".")
+        section: Any = frozen
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        # one that was edited otherwise is told of as a clash
+        if isinstance(section, dict) and section.get(last) == value:
+            section[last] = "auto"
+    return deepspeed.merge(changed, frozen, layout.deepspeed)
 
 
 def _not_allowed(lines: Sequence[str], allowed: Sequence[str]) -> list[str]:
@@ -131,8 +147,11 @@ def changes_since(
     saved_data: Mapping[str, Any],
     data: Mapping[str, Any],
     where: str,
+    lineage: Mapping[str, Any] | None = None,
 ) -> list[Change]:
     """The recorded changes that lie between a checkpoint and the stage as it is now.
+
+    A change accounts for what was trained otherwise once: a checkpoint whose lineage tells of it is from after it.
 
     Args:
         layout: The stage.
@@ -140,6 +159,7 @@ def changes_since(
             older version wrote it, are left out.
         saved_data, data: What the sets were, and are: one JSON value for each path, and `order`.
         where: The checkpoint.
+        lineage: The checkpoint's.
 
     Raises:
         CheckpointError: They differ, and no recorded change accounts for it; every difference is listed.
@@ -148,7 +168,8 @@ def changes_since(
     data_lines = differences(saved_data, data) if saved_data.get("order") != data["order"] else []
     if not lines and not data_lines:
         return []
-    changes = read_changes(layout)
+    taken = [_about(told) for told in (lineage or {}).get("changes", [])]
+    changes = [change for change in read_changes(layout) if _about(change.told()) not in taken]
     for number, change in enumerate(changes):
         if not _known_differences(saved, identity(change.stage_before)):
             later = changes[number:]
@@ -164,6 +185,11 @@ def changes_since(
         remedy="put recipe and sets back as they were; or say that the change is meant: "
         f"pixart-ds change RUN {layout.root.name} --allow {' --allow '.join(kinds)} [--set KEY=VALUE]",
     )
+
+
+def _about(told: Mapping[str, Any]) -> list[Any]:
+    """What tells a change from others."""
+    return [told["when"], told["allowed"], told["differences"]]
 
 
 def _known_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from pixart_ds import files
 from pixart_ds.engine.shards import SHARD_KEYS, FlatLayout, Place
-from pixart_ds.engine.storage import Storage, read, storage_at
+from pixart_ds.engine.storage import Storage, file_is_damaged, read, storage_at
 from pixart_ds.engine.tensors import (
     CHECKSUM,
     FileRecord,
@@ -43,7 +43,8 @@ class Reader:
         bytes_read: Of shards, so far.
 
     Raises:
-        CheckpointError: It is not committed, of another format, or a file is missing or of the wrong size.
+        CheckpointError: It is not committed, of another format, or a file is missing, of the wrong size or cannot be read.
+        MachineError: The store is silent, which says nothing about the checkpoint.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -60,7 +61,7 @@ class Reader:
                 where=f"{storage.where}/{MARKER_NAME}",
                 remedy="put the file back, or go on from the checkpoint before it",
             ) from cause
-        self._refuse([problem(storage, wanted, whole=wanted.name == MANIFEST_NAME) for wanted in self.files])
+        self._refuse([self._problem(wanted, whole=wanted.name == MANIFEST_NAME) for wanted in self.files])
         self.manifest: dict[str, Any] = self._json(MANIFEST_NAME)
         places = tuple(
             Place(entry["name"], entry["offset"], tuple(entry["shape"])) for entry in self.manifest["parameters"]
@@ -78,7 +79,9 @@ class Reader:
         return cls(storage_at(location), str(location).rstrip("/").rsplit("/", 1)[-1])
 
     def _read_marker(self) -> dict[str, Any]:
-        if self.storage.size(MARKER_NAME) is None:
+        with self._reading(MARKER_NAME):
+            committed = self.storage.size(MARKER_NAME) is not None
+        if not committed:
             there = bool(self.storage.sizes())
             what = "is not committed: its save was not finished" if there else "is not there"
             raise CheckpointError(
@@ -98,7 +101,31 @@ class Reader:
 
     def _json(self, name: str) -> Any:
         where = Path(self.storage.where) / name
-        return files.parse_json(read(self.storage, name), where, error=CheckpointError)
+        with self._reading(name):
+            content = read(self.storage, name)
+        return files.parse_json(content, where, error=CheckpointError)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """A file that the disk does not give is this checkpoint's damage: another one may be whole."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._refuse([f"{name} is missing"])
+        except MachineError as error:
+            if not file_is_damaged(error):
+                raise
+            self._refuse([error.what])
+
+    def _problem(self, wanted: FileRecord, *, whole: bool) -> str | None:
+        try:
+            return problem(self.storage, wanted, whole=whole)
+        except FileNotFoundError:  # deleted a moment ago
+            return f"{wanted.name} is missing"
+        except MachineError as error:
+            if not file_is_damaged(error):
+                raise
+            return error.what
 
     def _refuse(self, problems: Iterable[str | None]) -> None:
         if found := [text for text in problems if text is not None]:
@@ -130,7 +157,7 @@ class Reader:
         Raises:
             CheckpointError: Every damaged file.
         """
-        self._refuse([problem(self.storage, wanted, whole=True) for wanted in self.files[part::parts]])
+        self._refuse([self._problem(wanted, whole=True) for wanted in self.files[part::parts]])
         self._verified = parts == 1
         return self
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pixart_ds import files
-from pixart_ds.engine.storage import read, storage_of
-from pixart_ds.errors import CheckpointError
+from pixart_ds.engine.storage import Storage, file_is_damaged, read, storage_of
+from pixart_ds.errors import CheckpointError, MachineError
 from pixart_ds.layout import MARKER_NAME, AttemptLayout, CheckpointName, StageLayout
 
 LaunchNumber = tuple[int, int]
@@ -62,29 +62,42 @@ def read_starts(layout: StageLayout) -> dict[LaunchNumber, Start]:
 
 
 def _starts_of(attempt: AttemptLayout) -> list[Start]:
-    present = {path.name for path in attempt.root.iterdir()}
     starts = []
-    for launch in range(MAX_LAUNCHES + 1):
+    for launch in _launches_of(attempt):
         path = attempt.start(launch)
-        if path.name in present:
-            value = files.read_json(
-                path, error=CheckpointError, remedy="put the file back: it says where the launch started from"
+        value = files.read_json(
+            path, error=CheckpointError, remedy="put the file back: it says where the launch started from"
+        )
+        origin = None if value["from"] is None else CheckpointName.parse(value["from"])
+        if value["from"] is not None and (
+            origin is None or (origin.attempt, origin.launch) >= (attempt.number, launch)
+        ):
+            raise CheckpointError(
+                f"the launch says it started from {value['from']!r}, which is no earlier checkpoint", where=path
             )
-            origin = None if value["from"] is None else CheckpointName.parse(value["from"])
-            if value["from"] is not None and (
-                origin is None or (origin.attempt, origin.launch) >= (attempt.number, launch)
-            ):
-                raise CheckpointError(
-                    f"the launch says it started from {value['from']!r}, which is no earlier checkpoint", where=path
-                )
-            starts.append(Start((attempt.number, launch), origin, value["state"]))
+        starts.append(Start((attempt.number, launch), origin, value["state"]))
     return starts
+
+
+def _launches_of(attempt: AttemptLayout) -> list[int]:
+    """The launches that have a start file, by its name alone."""
+    present = {path.name for path in attempt.root.iterdir()} if attempt.root.is_dir() else set()
+    return [launch for launch in range(MAX_LAUNCHES + 1) if attempt.start(launch).name in present]
 
 
 def committed(layout: StageLayout) -> list[CheckpointName]:
     """The checkpoints whose marker is there, on the line or not, by images seen."""
     storage = storage_of(layout)
-    return [name for name in present(layout) if storage.sub(str(name)).size(MARKER_NAME) is not None]
+    return [name for name in present(layout) if _has_marker(storage.sub(str(name)))]
+
+
+def _has_marker(storage: Storage) -> bool:
+    try:
+        return storage.size(MARKER_NAME) is not None
+    except MachineError as error:
+        if not file_is_damaged(error):
+            raise
+        return True  # else it would pass for a save that was killed, and be deleted
 
 
 def present(layout: StageLayout) -> list[CheckpointName]:
@@ -128,18 +141,28 @@ def newest(layout: StageLayout, upto: LaunchNumber | None = None) -> CheckpointN
     names = line(layout, upto)
     if names:
         return names[-1]
-    lost = sorted(
-        str(start.origin)
+    resumed = [
+        start.origin
         for start in read_starts(layout).values()
         if start.origin is not None and (upto is None or start.number <= upto)
-    )
-    if lost:
+    ]
+    # what was never resumed from is in no start file; deleting never takes the newest, and no roll-back goes behind the oldest
+    saved = [name for name in _noted(layout) if upto is None or (name.attempt, name.launch) <= upto]
+    if lost := max(resumed + saved, default=None):
         raise CheckpointError(
-            f"the stage had been resumed from {lost[-1]}, but no committed checkpoint of its line is left",
-            where=layout.checkpoints,
-            remedy="put the folder back, or start a new run",
+            f"the stage had {'been resumed from' if lost in resumed else 'saved'} {lost}, "
+            "but no committed checkpoint of its line is left",
+            where=storage_of(layout).where,
+            remedy="put the folder back, see that it is mounted on this node, or start a new run",
         )
     return None
+
+
+def _noted(layout: StageLayout) -> list[CheckpointName]:
+    """The checkpoints that attempts have noted as committed, wherever these are now."""
+    rows = (row for attempt in layout.all_attempts() for row in files.read_json_lines(attempt.saves, torn_ok=True))
+    names = (CheckpointName.parse(str(row.get("checkpoint"))) for row in rows if isinstance(row, dict))
+    return [name for name in names if name is not None]
 
 
 def is_highest(layout: StageLayout, number: LaunchNumber) -> bool:
@@ -147,15 +170,20 @@ def is_highest(layout: StageLayout, number: LaunchNumber) -> bool:
     attempts = layout.all_attempts()
     if attempts and attempts[-1].number > number[0]:
         return False
-    return max(read_starts(layout), default=number) <= number
+    # files of older attempts say nothing here, and one that is damaged is no reason not to save
+    return max(_launches_of(layout.attempt(number[0])), default=0) <= number[1]
 
 
 def is_milestone(layout: StageLayout, name: CheckpointName) -> bool:
-    """Whether a committed checkpoint is to be kept for ever; one with a damaged marker is, for a person to see."""
+    """Whether a committed checkpoint is to be kept for ever; one whose marker is damaged, or gone since, is: a person may look."""
     try:
         marker = json.loads(read(storage_of(layout).sub(str(name)), MARKER_NAME))
         return bool(marker["milestone"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        return True
+    except MachineError as error:
+        if not file_is_damaged(error):
+            raise
         return True
 
 
@@ -181,8 +209,13 @@ def expendable(
 def delete_expendable(layout: StageLayout, number: LaunchNumber, keep: int) -> list[CheckpointName]:
     """Deletes what `expendable` names and what killed saves left, if `number` is the highest launch; else nothing.
 
+    What cannot be deleted has no marker any more, if that much could be done, and is left for the next time.
+
     Returns:
         The committed ones that were deleted.
+
+    Raises:
+        MachineError: Some could not be deleted; all others are.
     """
     if not is_highest(layout, number):
         return []
@@ -191,6 +224,16 @@ def delete_expendable(layout: StageLayout, number: LaunchNumber, keep: int) -> l
     milestones = {name for name in there if is_milestone(layout, name)}
     deleted = expendable(on_line, [name for name in there if name not in on_line], milestones, keep)
     torn = [name for name in present(layout) if name not in there and (name.attempt, name.launch) <= number]
+    storage, failures = storage_of(layout), []
     for name in [*deleted, *torn]:
-        storage_of(layout).sub(str(name)).delete(first=MARKER_NAME)  # what is half deleted must not look committed
+        try:
+            storage.sub(str(name)).delete(first=MARKER_NAME)  # what is half deleted must not look committed
+        except MachineError as error:
+            failures.append(error)
+    if failures:
+        raise MachineError(
+            "; ".join(f"{error.where}: {error.what}" for error in failures),
+            where=storage.where,
+            remedy=failures[0].remedy,
+        ) from failures[0]
     return deleted

@@ -17,11 +17,12 @@ from pixart_ds.engine.agree import on_first, together
 from pixart_ds.engine.checkpoint import Reader, commit, manifest_of, require_room, write_rank
 from pixart_ds.engine.deepspeed import Engine
 from pixart_ds.engine.shards import SHARD_KEYS
-from pixart_ds.engine.storage import Storage, read, storage_of
+from pixart_ds.engine.storage import Storage, file_is_damaged, read, storage_of
 from pixart_ds.engine.tensors import FileRecord, TensorSpec
 from pixart_ds.engine.world import World
-from pixart_ds.errors import CheckpointError
+from pixart_ds.errors import CheckpointError, MachineError, PixArtError
 from pixart_ds.layout import MANIFEST_NAME, CheckpointName, StageLayout
+from pixart_ds.log import Log
 
 Good = Callable[[int, dict[str, Any]], bool]
 """(images seen, the caller's state) of a checkpoint → whether training may go on from it."""
@@ -139,6 +140,7 @@ class Shelf:
         self._told = told
         self.storage = storage_of(layout)
         self._number = (attempt, launch)
+        self._log = Log(layout.root.name, path=layout.attempt(attempt).log)
         self._origin: CheckpointName | None = None
         self._copy: HostCopy | None = None
         self._pending: _Save | None = None
@@ -153,7 +155,7 @@ class Shelf:
         Args:
             layout, attempt, launch: Whose.
             world: The ranks.
-            good: Whether a checkpoint's clock and state are acceptable, as long as its manifest can be read.
+            good: Whether a checkpoint's clock and state are acceptable, as long as its manifest can be read and understood.
 
         Raises:
             CheckpointError: A line was lost.
@@ -335,17 +337,28 @@ class Shelf:
         self._refuse_if_overtaken()
         commit(self.storage.sub(str(save.name)), save.ranks, save.manifest)
         seconds = time.monotonic() - save.began
-        lines.delete_expendable(self.layout, self._number, self.keep)
+        self._tidy_up()
         return seconds
+
+    def _tidy_up(self) -> None:
+        """What cannot be deleted ends no training: the checkpoint counts already, and the next save tries again."""
+        try:
+            lines.delete_expendable(self.layout, self._number, self.keep)
+        except (PixArtError, OSError) as error:
+            what = error.what if isinstance(error, PixArtError) else str(error)
+            self._log.event(f"an old checkpoint could not be deleted, which is tried again after the next save: {what}")
 
 
 def _is_good(storage: Storage, name: CheckpointName, good: Good) -> bool:
     """What cannot be read is left to `resume`, which says so."""
     try:
-        state = json.loads(read(storage, MANIFEST_NAME))["state"]
-    except (ValueError, KeyError, FileNotFoundError):
+        return good(name.images_seen, json.loads(read(storage, MANIFEST_NAME))["state"])
+    except (ValueError, LookupError, TypeError, AttributeError, OSError):  # `good` meets what a damaged file says, too
         return True
-    return good(name.images_seen, state)
+    except MachineError as error:
+        if not file_is_damaged(error):
+            raise
+        return True
 
 
 def _done() -> Future[Any]:

@@ -8,9 +8,10 @@ import io
 import itertools
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -26,11 +27,15 @@ Pieces = Callable[[], Iterable[bytes | memoryview]]
 """Gives a file's content in pieces; called again where a store has to be told again."""
 
 _PATIENCE_SECONDS = 300.0
-"""How long an object store that gives no answer is asked again: nobody waits meanwhile, checkpoints are written behind training."""
+"""How long an object store that gives no answer is asked again: nobody waits meanwhile, checkpoints are written behind training.
+It counts from the first failure: what is transferred before, however long it takes, is no silence."""
 _LONGEST_PAUSE_SECONDS = 10.0
 _ATTEMPTS = 3
 _CHUNK_BYTES = 1 << 22
 _IF_MISSING = "put it back, or go on from another checkpoint"
+_IF_NOT_WRITTEN = "free or enlarge the disk, or make it writable, then start again"
+_IF_NOT_READ = "have the file system or the disk checked, and the permissions of the file"
+_IF_NOT_DELETED = "see who holds a file in it open; the next save deletes it"
 
 
 class Storage(Protocol):
@@ -83,12 +88,17 @@ class Storage(Protocol):
         ...
 
     def delete(self, first: str) -> None:
-        """Deletes the folder, the file `first` before all others."""
+        """Deletes the folder, the file `first` before all others; what is gone already is passed over."""
         ...
 
     def free_bytes(self) -> int | None:
         """How much more fits; None if there is no limit that one can see."""
         ...
+
+
+def file_is_damaged(error: MachineError) -> bool:
+    """Whether a disk said that it cannot give a file; a store that is silent says nothing about the file."""
+    return isinstance(error.__cause__, OSError)
 
 
 def read(storage: Storage, name: str) -> bytes:
@@ -144,28 +154,37 @@ class FolderStorage:
         return FolderStorage(self.folder / name)
 
     def make(self) -> None:
-        with self._errors("make the folder"):
+        with self._errors("make the folder", _IF_NOT_WRITTEN):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def sync(self) -> None:
-        with self._errors("sync the folder"):
+        with self._errors("sync the folder", _IF_NOT_WRITTEN):
             files.sync_folder(self.folder.parent)
 
     def folders(self) -> list[str]:
-        return sorted(each.name for each in self._entries() if each.is_dir())
+        with self._errors("read the folder", _IF_NOT_READ):
+            return sorted(each.name for each in self._entries() if each.is_dir())
 
     def sizes(self) -> dict[str, int]:
-        return {each.name: each.stat().st_size for each in self._entries() if each.is_file()}
+        found = {each.name: self.size(each.name) for each in self._entries()}
+        return {name: size for name, size in found.items() if size is not None}
 
     def _entries(self) -> list[Path]:
-        return list(self.folder.iterdir()) if self.folder.is_dir() else []
+        with self._errors("read the folder", _IF_NOT_READ), suppress(FileNotFoundError, NotADirectoryError):
+            return list(self.folder.iterdir())
+        return []
 
     def size(self, name: str) -> int | None:
-        path = self.folder / name
-        return path.stat().st_size if path.is_file() else None
+        with self._errors(f"look at {name}", _IF_NOT_READ):
+            try:
+                found = os.stat(self.folder / name)
+            except (FileNotFoundError, NotADirectoryError):  # perhaps deleted a moment ago
+                return None
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def pieces(self, name: str, start: int = 0, count: int | None = None) -> Iterator[memoryview]:
-        with open(self.folder / name, "rb", buffering=0) as file:
+        reading = self._errors(f"read {name}", _IF_NOT_READ, answers=FileNotFoundError)
+        with reading, open(self.folder / name, "rb", buffering=0) as file:
             left = os.fstat(file.fileno()).st_size - start if count is None else count
             buffer = memoryview(bytearray(max(0, min(left, _CHUNK_BYTES))))
             file.seek(start)
@@ -174,38 +193,40 @@ class FolderStorage:
                 yield buffer[:got]
 
     def write(self, name: str, pieces: Pieces, *, new: bool = False) -> None:
-        with self._errors(f"write {name}"):
+        with self._errors(f"write {name}", _IF_NOT_WRITTEN):
             (files.write_new if new else files.write_durable)(self.folder / name, pieces())
 
     def delete(self, first: str) -> None:
-        with self._errors("delete the folder"):
-            if (self.folder / first).exists():
+        with self._errors("delete the folder", _IF_NOT_DELETED):
+            with suppress(FileNotFoundError):
                 (self.folder / first).unlink()
                 files.sync_folder(self.folder)
-            shutil.rmtree(self.folder)
+            for root, _, names in os.walk(self.folder, topdown=False):
+                for name in names:
+                    Path(root, name).unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    os.rmdir(root)
 
     def free_bytes(self) -> int | None:
         return shutil.disk_usage(self.folder).free
 
-    def _errors(self, what: str) -> _DiskErrors:
-        return _DiskErrors(what, self.folder)
+    def _errors(self, what: str, remedy: str, answers: type[OSError] = FileExistsError) -> _DiskErrors:
+        return _DiskErrors(what, self.folder, remedy, answers)
 
 
 class _DiskErrors:
-    """Errors of a disk, in words; FileExistsError is an answer, not an error."""
+    """Errors of a disk, in words; those of the class `answers` are answers, not errors."""
 
-    def __init__(self, what: str, where: Path) -> None:
-        self.what, self.where = what, where
+    def __init__(self, what: str, where: Path, remedy: str, answers: type[OSError]) -> None:
+        self.what, self.where, self.remedy, self.answers = what, where, remedy, answers
 
     def __enter__(self) -> None:
         return
 
     def __exit__(self, kind: type[BaseException] | None, cause: BaseException | None, trace: Any) -> None:
-        if isinstance(cause, OSError) and not isinstance(cause, FileExistsError):
+        if isinstance(cause, OSError) and not isinstance(cause, self.answers):
             raise MachineError(
-                f"cannot {self.what}: {cause.strerror or cause}",
-                where=self.where,
-                remedy="free or enlarge the disk, or make it writable, then start again",
+                f"cannot {self.what}: {cause.strerror or cause}", where=self.where, remedy=self.remedy
             ) from cause
 
 
@@ -265,7 +286,7 @@ class S3Storage:
 
     def pieces(self, name: str, start: int = 0, count: int | None = None) -> Iterator[memoryview]:
         at, end = start, None if count is None else start + count
-        deadline = time.monotonic() + self.patience_seconds
+        patience = _Patience(self.patience_seconds)
         while end is None or at < end:
             try:
                 with s3_errors(self.where, name, if_missing=_IF_MISSING):
@@ -275,10 +296,11 @@ class S3Storage:
                     with closing(answer["Body"]) as body:
                         for piece in body.iter_chunks(PIECE_BYTES):
                             at += len(piece)
+                            patience.renew()
                             yield memoryview(piece)
                 return
             except StoreError as error:  # an answer that broke off goes on where it broke
-                self._raise_or_pause(error, name, deadline)
+                self._raise_or_pause(error, name, patience)
 
     def write(self, name: str, pieces: Pieces, *, new: bool = False) -> None:
         """What fits into one request is new by the store's own word; of longer files it is asked before."""
@@ -323,23 +345,42 @@ class S3Storage:
 
     def _patiently(self, name: str, action: Callable[[], Result], *, writing: bool = False) -> Result:
         """The action's result, asked for again while the store gives no answer."""
-        deadline = time.monotonic() + self.patience_seconds
+        patience = _Patience(self.patience_seconds)
         while True:
             try:
                 with s3_errors(self.where, name, writing=writing, if_missing=_IF_MISSING):
                     return action()
             except StoreError as error:
-                self._raise_or_pause(error, name, deadline)
+                self._raise_or_pause(error, name, patience)
 
-    def _raise_or_pause(self, error: StoreError, name: str, deadline: float) -> None:
+    def _raise_or_pause(self, error: StoreError, name: str, patience: _Patience) -> None:
         if error.missing:
             raise FileNotFoundError(errno.ENOENT, "it is not in the store", f"{self.where}/{name}") from error
         if error.taken:
             raise FileExistsError(errno.EEXIST, "it is in the store already", f"{self.where}/{name}") from error
-        left = deadline - time.monotonic()
+        left = patience.left()
         if error.final or left <= 0:
             raise MachineError(error.what, where=error.where, remedy=error.remedy) from error
         time.sleep(min(left, _LONGEST_PAUSE_SECONDS, 1 + (self.patience_seconds - left) / 10))
+
+
+class _Patience:
+    """How long a silent store is asked again: it begins with the first failure, and anew after what came in between."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._deadline: float | None = None
+
+    def renew(self) -> None:
+        """The store has given something."""
+        self._deadline = None
+
+    def left(self) -> float:
+        """Seconds left after a failure."""
+        now = time.monotonic()
+        if self._deadline is None:
+            self._deadline = now + self.seconds
+        return self._deadline - now
 
 
 @functools.lru_cache

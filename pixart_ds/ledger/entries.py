@@ -44,13 +44,19 @@ class Entry:
         """The entry as a launch begins."""
         return cls(stage, attempt, launch, device, device_count, started, started, "running", images_seen, images_seen)
 
+    def from_clock(self, images_seen: int) -> Entry:
+        """The entry once it is known at which clock the launch has started: earlier than its forerunners' if it was sent back."""
+        if self.images_from == images_seen:
+            return self
+        return replace(self, images_from=images_seen, images_to=images_seen)
+
     def still_running(self, now: float, metrics: Mapping[str, Any]) -> Entry:
         """The entry at a later moment, from the newest line of the metrics."""
         return replace(self, until=now, images_to=int(metrics.get("images_seen", self.images_to)))
 
-    def ended_as(self, outcome: str, now: float, metrics: Mapping[str, Any]) -> Entry:
-        """The entry at its end."""
-        return replace(self.still_running(now, metrics), outcome=outcome)
+    def ended_as(self, outcome: str) -> Entry:
+        """The entry with its ending."""
+        return replace(self, outcome=outcome)
 
     @property
     def device_time(self) -> DeviceTime:

@@ -16,13 +16,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pixart_ds import __version__, files
-from pixart_ds.engine import line
 from pixart_ds.errors import (
     EXIT_BUG,
     EXIT_DONE,
@@ -38,7 +37,10 @@ from pixart_ds.ledger.entries import Entry
 from pixart_ds.log import Log
 
 _BEAT_SECONDS = 5.0
+_LEDGER_SECONDS = 60.0
 _FRESH_SECONDS = 60.0
+_ALIVE_BEATS = 3
+"""So many beats may a process that is known to live be late."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class AttemptRecord:
         self.attempt = attempt
         self._layout, self._device, self._images_before, self._log = layout, device, images_before, log
         self._began, self._began_here = time.time(), time.monotonic()
-        self._next_beat = 0.0
+        self._next_beat = self._next_line = 0.0
+        self._row_before: dict[str, Any] = {}
         self._entry: Entry | None = None
         self._world_size = 0
         self.launches: list[dict[str, Any]] = []
@@ -116,12 +119,23 @@ class AttemptRecord:
         entry = Entry.start(
             *(self._layout.root.name, self.attempt.number, launch, self._device), *(world_size, started, before)
         )
+        self._row_before = last_metrics(self.attempt)
         self._entry = open_entry(self.attempt, entry)
+        self._next_line = time.monotonic() + _LEDGER_SECONDS
+
+    def _counted(self, entry: Entry, now: float) -> Entry:
+        """The entry up to now. A launch that was sent back counts from where it started: its file says so before its first step."""
+        row = last_metrics(self.attempt)
+        start = _start_clock(self.attempt, entry.launch)
+        if start is not None:
+            entry = entry.from_clock(start)
+            row = {} if row == self._row_before else row  # of the launch before
+        return entry.still_running(now, row)
 
     def ranks_left(self, launch: int, ending: str, failure: RankFailure | None, stepped: bool) -> None:
         """Closes a launch's entry, and remembers for `outcome.json` how it ended, and whether a step had been made."""
         assert self._entry is not None
-        self._entry = self._entry.ended_as(ending, self._now(), _last_metrics(self.attempt))
+        self._entry = self._counted(self._entry, self._now()).ended_as(ending)
         with self._disk("the ledger"):
             update_entry(self.attempt, self._entry)
         told: dict[str, Any] = {"launch": launch, "world_size": self._world_size, "ending": ending, "cause": None}
@@ -139,14 +153,17 @@ class AttemptRecord:
             self._log.event(f"{what} cannot be written: {error.strerror or error} ({self.attempt.root})")
 
     def keep(self) -> None:
-        """Keeps heartbeat and ledger fresh; call it as often as you like."""
+        """Keeps heartbeat and, more rarely, ledger fresh; call it as often as you like."""
         assert self._entry is not None
         now = time.monotonic()
         if now > self._next_beat:
             self._next_beat = now + _BEAT_SECONDS
-            with self._disk("heartbeat and ledger"):
+            with self._disk("the heartbeat"):
                 _beat(self.attempt)
-                self._entry = self._entry.still_running(self._now(), _last_metrics(self.attempt))
+        if now > self._next_line:
+            self._next_line = now + _LEDGER_SECONDS
+            with self._disk("the ledger"):
+                self._entry = self._counted(self._entry, self._now())
                 update_entry(self.attempt, self._entry)
 
     @contextmanager
@@ -177,13 +194,14 @@ class AttemptRecord:
         """
         outcome = self._judge(asked, failure)
         now = self._now()
-        if self._entry is not None and self._entry.outcome == "running":
-            with self._disk("the ledger"):
-                update_entry(self.attempt, self._entry.ended_as(outcome["outcome"], now, _last_metrics(self.attempt)))
+        if self._entry is not None:
+            with self._disk("the ledger"):  # the devices were held until now, also after the last launch had ended
+                entry = self._counted(self._entry, now)
+                update_entry(self.attempt, entry.ended_as(outcome["outcome"]) if entry.outcome == "running" else entry)
         outcome |= {"started": _iso(self._began), "ended": _iso(now)}
         outcome |= {"world_size": self._world_size, "device": self._device, "launches": self.launches}
-        outcome |= {"images_committed": images_committed(self._layout)}
         with self._disk("outcome.json"):
+            outcome |= {"images_committed": _newest_saved(self._layout)}
             files.write_json(self.attempt.outcome, outcome)
         because = f" ({outcome['cause']})" if outcome["cause"] else ""
         self._log.event(f"attempt {self.attempt.number}: {outcome['outcome']}{because}")
@@ -228,8 +246,10 @@ class AttemptRecord:
 def refuse_others(layout: StageLayout, log: Log | None = None, patience_s: float = _FRESH_SECONDS) -> None:
     """Refuses while the process that keeps the newest record is alive.
 
-    On this host its process is looked for. On another one its heartbeat must be seen to change: clocks may differ, so they are not
-    compared. An earlier start of the same Slurm job is over, whatever it has left.
+    It is over if it was of this host and is gone, or of an earlier start of this Slurm job, whatever it has left. On this host a
+    process of its number with a fresh heartbeat is it. All others must be seen to beat: another host's clock may differ, so it is
+    not compared; a process of this host may have got the number of one that ended long ago; and a heartbeat that a power loss has
+    emptied says nothing of who keeps it.
 
     Raises:
         MachineError: It is, with host and process.
@@ -237,38 +257,70 @@ def refuse_others(layout: StageLayout, log: Log | None = None, patience_s: float
     for attempt in layout.all_attempts()[-1:]:
         if attempt.outcome.exists() or not attempt.heartbeat.exists():
             continue
-        beat = _read_beat(attempt)
-        job = os.environ.get("SLURM_JOB_ID")
-        if job and beat.get("job") == job:
+        text = attempt.heartbeat.read_bytes()
+        beat = _parsed(text)
+        if beat is not None and _is_over(beat):
             continue
-        here = beat["host"] == socket.gethostname()
-        if _alive(beat["pid"]) if here else _beats(attempt, beat, log, patience_s):
+        who = "a process whose heartbeat cannot be read" if beat is None else f"pid {beat['pid']} on {beat['host']}"
+        if _beats(attempt, text, who, log, patience_s, here=beat is not None and beat["host"] == socket.gethostname()):
             raise MachineError(
-                f"this stage runs already: pid {beat['pid']} on {beat['host']}, attempt {attempt.number}",
+                f"this stage runs already: {who}, attempt {attempt.number}",
                 where=layout.root,
                 remedy="wait for it, or stop it first",
             )
 
 
-def _beats(attempt: AttemptLayout, beat: dict[str, Any], log: Log | None, patience_s: float) -> bool:
-    """Whether a heartbeat changes; it is not waited for where the file system itself says that it is old."""
-    probe = files.temporary_name(attempt.heartbeat)
-    probe.touch()
-    age_s = probe.stat().st_mtime - attempt.heartbeat.stat().st_mtime  # both times are the file system's
-    probe.unlink()
-    until = time.monotonic() + patience_s - max(0.0, age_s)
-    if log is not None and time.monotonic() < until:
-        log.event(f"looks for up to {patience_s:.0f} s whether pid {beat['pid']} on {beat['host']} is alive")
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """What a heartbeat says; None if it does not say whose it is."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    whole = isinstance(found, dict) and isinstance(found.get("host"), str) and isinstance(found.get("pid"), int)
+    return found if whole else None
+
+
+def _is_over(beat: dict[str, Any]) -> bool:
+    """Whether the process of a heartbeat has ended for certain."""
+    if beat["host"] == socket.gethostname() and not _alive(beat["pid"]):
+        return True
+    job, restart = os.environ.get("SLURM_JOB_ID"), beat.get("restart")
+    return bool(job) and beat.get("job") == job and isinstance(restart, int) and restart < _restart_count()
+
+
+def _restart_count() -> int:
+    """How often Slurm has put this job back into the queue and started it again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _beats(attempt: AttemptLayout, text: bytes, who: str, log: Log | None, patience_s: float, *, here: bool) -> bool:
+    """Whether a heartbeat changes; it is not waited for where the file system itself says that it is old.
+
+    One of a process that lives on this host need not be seen to change if it is fresh; if it is old, the process has a last chance.
+    """
+    age_s = _age_s(attempt)
+    if here and age_s < _ALIVE_BEATS * _BEAT_SECONDS:
+        return True
+    wait_s = max(patience_s - max(0.0, age_s), min(patience_s, _ALIVE_BEATS * _BEAT_SECONDS) if here else 0.0)
+    until = time.monotonic() + wait_s
+    if log is not None and wait_s > 0:
+        log.event(f"looks for up to {wait_s:.0f} s whether {who} is alive")
     while time.monotonic() < until:
-        if _read_beat(attempt) != beat:
-            return True
+        with suppress(OSError):  # such as ESTALE, in the moment of a rename on a network file system
+            if attempt.heartbeat.read_bytes() != text:
+                return True
         time.sleep(min(1.0, patience_s / 10))
     return False
 
 
-def _read_beat(attempt: AttemptLayout) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(attempt.heartbeat.read_text(encoding="utf-8"))
-    return found
+def _age_s(attempt: AttemptLayout) -> float:
+    """Seconds since the last heartbeat; both times are the file system's."""
+    probe = files.temporary_name(attempt.heartbeat)
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - attempt.heartbeat.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
@@ -288,36 +340,72 @@ def _beat(attempt: AttemptLayout) -> None:
         "pid": os.getpid(),
         "time": time.time(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": _restart_count(),
     }
-    temporary = files.temporary_name(attempt.heartbeat)
-    temporary.write_text(json.dumps(beat), encoding="utf-8")
-    os.replace(temporary, attempt.heartbeat)
+    files.replace_text(attempt.heartbeat, json.dumps(beat))
 
 
 def images_committed(layout: StageLayout) -> int:
-    """The clock of the newest committed checkpoint; 0 if there is none."""
-    names = line.committed(layout)
-    return names[-1].images_seen if names else 0
+    """Images that the stage's launches have trained and committed, rework included: it grows with every commit of something new."""
+    return sum(_progress(layout))
 
 
 def attempts_without_progress(layout: StageLayout) -> int:
     """How many attempts in a row, up to the newest, have committed nothing new; one that was killed counts, too."""
-    count, best = 0, 0
-    for attempt in layout.all_attempts():
-        names = [CheckpointName.parse(row["checkpoint"]) for row in files.read_json_lines(attempt.saves)]
-        clocks = [name.images_seen for name in names if name is not None]
-        count = 0 if max(clocks, default=0) > best else count + 1
-        best = max([best, *clocks])
+    count = 0
+    for images in _progress(layout):
+        count = 0 if images > 0 else count + 1
     return count
+
+
+def _progress(layout: StageLayout) -> list[int]:
+    """For each attempt the images that it has committed beyond the clocks at which its launches had started.
+
+    A launch that was sent back starts at an earlier clock than was reached before: what it commits is new all the same. Where no
+    file says at which clock it started, it is the highest one committed before it.
+    """
+    found, best = [], 0
+    for attempt in layout.all_attempts():
+        newest: dict[int, int] = {}
+        for name in _saved(attempt):
+            newest[name.launch] = max(name.images_seen, newest.get(name.launch, 0))
+        images = 0
+        for launch, clock in sorted(newest.items()):
+            start = _start_clock(attempt, launch)
+            images += max(0, clock - (best if start is None else start))
+            best = max(best, clock)
+        found.append(images)
+    return found
+
+
+def _saved(attempt: AttemptLayout) -> list[CheckpointName]:
+    """The checkpoints that an attempt has committed, as it has noted them itself: no store is asked."""
+    rows = files.read_json_lines(attempt.saves, torn_ok=True)
+    return [name for row in rows if (name := CheckpointName.parse(row["checkpoint"])) is not None]
+
+
+def _newest_saved(layout: StageLayout) -> int:
+    """The clock of the checkpoint that was committed last; 0 if there is none."""
+    names = (saved[-1] for attempt in reversed(layout.all_attempts()) if (saved := _saved(attempt)))
+    return next((name.images_seen for name in names), 0)
+
+
+def _start_clock(attempt: AttemptLayout, launch: int) -> int | None:
+    """The stage's clock when a launch started; None if no file says so. A damaged one is for the next launch to tell of."""
+    try:
+        return int(json.loads(attempt.start(launch).read_bytes())["state"]["images_seen"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _images_seen(layout: StageLayout) -> int:
     """Images that the stage's attempts had seen before this one."""
-    rows = [_last_metrics(attempt) for attempt in layout.all_attempts()]
+    rows = [last_metrics(attempt) for attempt in layout.all_attempts()]
     return max((int(row["images_seen"]) for row in rows if row), default=0)
 
 
-def _last_metrics(attempt: AttemptLayout) -> dict[str, Any]:
+def last_metrics(attempt: AttemptLayout) -> dict[str, Any]:
+    """The newest row of an attempt's metrics; empty if there is none."""
     try:
         return files.last_json_line(attempt.metrics) or {}
     except DataError:  # a line that a killed launch left torn, ended by the next one
@@ -361,8 +449,19 @@ def code_commit() -> str | None:
     if (here / FROZEN_NAME).exists():
         commit: str | None = files.read_json(here / FROZEN_NAME)["commit"]
         return commit
-    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else None
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # there is no git
+        return None
+    words = answer.stdout.splitlines()
+    if answer.returncode != 0 or len(words) != 2 or Path(words[0]).resolve() != here:
+        return None  # an installed package may lie in an environment inside somebody else's checkout
+    return words[1]
 
 
 def _iso(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,23 +37,27 @@ class Guard:
     Args:
         config: The bounds.
         batch: Images of a step.
-        losses: The history that a checkpoint has kept.
+        kept: What `to_json` gave for a checkpoint; older ones hold the losses alone.
     """
 
-    def __init__(self, config: GuardConfig, batch: int, losses: Iterable[float] = ()) -> None:
+    def __init__(self, config: GuardConfig, batch: int, kept: Mapping[str, Any] | Sequence[float] = ()) -> None:
         self.config, self.batch = config, batch
-        self._losses = deque(losses, config.history_steps)
-        self._high = 0
+        history: Mapping[str, Any] = kept if isinstance(kept, Mapping) else {"losses": kept}
+        self._losses = deque(history.get("losses", ()), config.history_steps)
+        self._high = int(history.get("high", 0))
+        self._refused = False
 
-    @property
-    def losses(self) -> list[float]:
-        """Of the last applied steps that were not too high, oldest first: for a checkpoint."""
-        return list(self._losses)
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint: the losses of the last applied steps that were not too high, oldest first, and how many were since.
+
+        Without that number a stop amid a spike would make its own checkpoint look like one from before.
+        """
+        return {"losses": list(self._losses), "high": self._high}
 
     @property
     def doubts(self) -> bool:
-        """Whether the last step's loss was too high."""
-        return self._high > 0
+        """Whether the last step was refused, or the last loss too high: a checkpoint made now may lie inside a window."""
+        return self._refused or self._high > 0
 
     @property
     def bound(self) -> float | None:
@@ -80,6 +84,7 @@ class Guard:
             None if training may go on.
         """
         upto = images_before + self.batch
+        self._refused = consecutive_skips > 0
         if consecutive_skips >= self.config.consecutive_skips:
             window = Window(upto - consecutive_skips * self.batch, upto)
             return Verdict(window, f"{consecutive_skips} steps in a row had a loss or gradient that is not finite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,12 +35,15 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> None:
     training = Training(job, world, log)
     stage, state, engine = job.stage, training.state, training.engine
     batch = stage.global_batch_size
+
+    def said() -> Votes:
+        return Votes(stop=stop.requested, save=training.pace.due, saved=training.shelf.ready)
+
     with training.loader() as loader, training.meter() as meter:
         for images_seen in loader.steps(state.images_seen, stage.total_images, state.leaves_out):
-            votes = Votes(stop=stop.requested, save=training.pace.due, saved=training.shelf.ready)
             if state.leaves_out(images_seen):
                 training.left_out(meter)
-                agreed = agree(world, votes)
+                agreed = agree(world, said())
             else:
                 step = _Step(stage, world.device, job.pulse)
                 for micro_batch in step.waiting(loader.micro_batches(images_seen)):
@@ -47,7 +51,7 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> None:
                 job.pulse.enter("together")
                 result = engine.step()
                 state.advance(batch, result.applied)
-                agreed = agree(world, step.votes(votes))
+                agreed = agree(world, step.votes(said))
                 row = {**row_of(agreed), **result.figures(), **training.figures}
                 meter.record(state, row, work_in(agreed), digest=agreed.digest)
                 verdict = training.judge(images_seen, step.evidence, agreed, result)
@@ -103,10 +107,13 @@ class _Step:
         self.digest = (self.digest + batch.digest) % 2**64
         return losses.total.sum()
 
-    def votes(self, votes: Votes) -> Votes:
-        """What this rank says after the step; fetches its sums from the device."""
+    def votes(self, said: Callable[[], Votes]) -> Votes:
+        """What this rank says after the step.
+
+        Its sums are fetched first, which waits for the device: a stop that is asked for meanwhile is still heard in this step.
+        """
         sums, each = self.figures.sums(), self.figures.each()
-        return replace(votes, digest=self.digest, samples=self.samples, sums=sums, each=each)
+        return replace(said(), digest=self.digest, samples=self.samples, sums=sums, each=each)
 
     def evidence(self) -> Evidence:
         """Id, timestep and loss of each of its samples; a loss that is no number is None."""

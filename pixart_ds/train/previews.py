@@ -79,14 +79,12 @@ class Previews:
             stop: Whether this rank is asked to stop.
         """
         began = time.monotonic()
-        wishes, captions = held_wishes(self._stage, self._prepared)
-        wishes = wishes[: self._stage.previews.count]
         with self._untouched():
-            net, parts = [self._net(engine)], _Parts(self._world, stop)
             try:
-                latents = self._latents(
-                    net.pop(), wishes, parts
-                )  # nobody else holds the net: it is gone before the VAE comes
+                wishes, captions = self._wishes()
+                parts = _Parts(self._world, stop)
+                # nobody else holds the net: it is gone before the VAE comes
+                latents = self._latents(self._net(engine), wishes, parts)
                 mine = self._pictures(latents, parts)
                 sheet = self._collected(wishes, mine)
                 on_first(self._world, lambda: self._show(sheet, captions[: len(sheet)], images_seen, meter))
@@ -111,17 +109,53 @@ class Previews:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _wishes(self) -> tuple[list[Wish], list[str]]:
+        """What the sheet shows, with captions. A collective: a rank that cannot read it takes the others along."""
+        found: list[tuple[list[Wish], list[str]]] = []
+        together(self._world, lambda: found.append(held_wishes(self._stage, self._prepared)))
+        ((wishes, captions),) = found
+        return wishes[: self._stage.previews.count], captions
+
     def _net(self, engine: Engine) -> PixArt | DiT:
-        """A net with the EMA's weights, gathered parameter by parameter; on a GPU in the stage's precision. A collective."""
+        """A net with the EMA's weights, gathered parameter by parameter; on a GPU in the stage's precision. A collective.
+
+        Raises:
+            Exception: Some rank failed, most likely for want of memory; on all ranks, and none is left in a broadcast.
+        """
         stage = self._stage
-        dtype = _DTYPES[stage.precision] if self._world.device.type == "cuda" else torch.float32
-        with torch.device("meta"):
-            net = build(
-                stage.model, fp32_attention=stage.fp32_attention, attention_backend=stage.execution.attention_backend
-            )
-        weights = {name: tensor.to(dtype) for name, tensor in engine.full("ema")}
-        net.load_state_dict({**engine.fixed(), **weights}, assign=True)
-        return net.eval()
+        weights: dict[str, torch.Tensor] = {}
+        # within the gathering no rank may raise alone: what can fail for want of memory is asked for before it
+        together(self._world, lambda: self._make_room(engine, weights))
+        failure: Exception | None = None
+        for name, tensor in engine.full("ema"):
+            if failure is None:
+                try:
+                    weights[name].copy_(tensor)
+                except Exception as error:  # the others are still sending: on to the end, and then it is told
+                    failure = error
+        nets: list[PixArt | DiT] = []
+
+        def load() -> None:
+            if failure is not None:
+                raise failure
+            with torch.device("meta"):
+                net = build(
+                    stage.model,
+                    fp32_attention=stage.fp32_attention,
+                    attention_backend=stage.execution.attention_backend,
+                )
+            net.load_state_dict({**engine.fixed(), **weights}, assign=True)
+            nets.append(net.eval())
+
+        together(self._world, load)
+        return nets.pop()
+
+    def _make_room(self, engine: Engine, weights: dict[str, torch.Tensor]) -> None:
+        """Allocates the net's weights, and once what gathering needs besides: two whole parameters in fp32."""
+        device, places = self._world.device, engine.layout.places
+        dtype = _DTYPES[self._stage.precision] if device.type == "cuda" else torch.float32
+        weights.update({place.name: torch.empty(place.shape, dtype=dtype, device=device) for place in places})
+        torch.empty(2, max(place.count for place in places), device=device)
 
     def _latents(self, net: PixArt | DiT, wishes: Sequence[Wish], parts: _Parts) -> list[torch.Tensor]:
         """Of this rank's share: from its own number on, every size-th. The ranks go from batch to batch together."""
@@ -160,24 +194,29 @@ class Previews:
         parts.do(work)
         return pictures
 
-    def _collected(self, wishes: Sequence[Wish], mine: Sequence[Picture]) -> list[Picture]:
-        """All ranks' pictures, in the sequence of the wishes, on rank 0. A collective."""
-        sheet = []
-        for number, wish in enumerate(wishes):
-            place, owner = divmod(number, self._world.size)
-            pixels = torch.empty(*wish.size, 3, dtype=torch.uint8, device=self._world.device)
-            if owner == self._world.rank:
-                pixels.copy_(torch.from_numpy(mine[place]))
-            dist.broadcast(pixels, owner)
-            if self._world.rank == 0:
-                sheet.append(pixels.cpu().numpy())
+    def _collected(self, wishes: Sequence[Wish], mine: Sequence[Picture]) -> list[torch.Tensor]:
+        """All ranks' pictures, in the sequence of the wishes. A collective; what can fail comes before the first broadcast."""
+        sheet: list[torch.Tensor] = []
+
+        def allocate() -> None:
+            for number, wish in enumerate(wishes):
+                place, owner = divmod(number, self._world.size)
+                pixels = torch.empty(*wish.size, 3, dtype=torch.uint8, device=self._world.device)
+                if owner == self._world.rank:
+                    pixels.copy_(torch.from_numpy(mine[place]))
+                sheet.append(pixels)
+
+        together(self._world, allocate)
+        for number, pixels in enumerate(sheet):
+            dist.broadcast(pixels, number % self._world.size)
         return sheet
 
-    def _show(self, pictures: Sequence[Picture], captions: Sequence[str], images_seen: int, meter: Meter) -> None:
+    def _show(self, sheet: Sequence[torch.Tensor], captions: Sequence[str], images_seen: int, meter: Meter) -> None:
+        pictures = [pixels.cpu().numpy() for pixels in sheet]
         cell = min(max(_SMALLEST_CELL, *(max(each.shape) for each in pictures)), _LARGEST_CELL)
         title = f"{self._stage.name}, EMA at {si(images_seen)} images"
-        sheet = save_grid(pictures, captions, self._layout.preview(images_seen), title=title, cell=cell)
-        meter.picture("previews/ema", sheet, images_seen)
+        grid = save_grid(pictures, captions, self._layout.preview(images_seen), title=title, cell=cell)
+        meter.picture("previews/ema", grid, images_seen)
 
 
 class _Parts:

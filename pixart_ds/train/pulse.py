@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from pixart_ds import files
@@ -100,12 +100,8 @@ class Pulse:
     def _beat_on(self) -> None:
         over = False
         while True:
-            temporary = files.temporary_name(self._path)
-            try:
-                temporary.write_text(json.dumps(self._state()), encoding="utf-8")
-                os.replace(temporary, self._path)
-            except OSError:  # a full disk ends the attempt where something is lost by it, not here
-                temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk ends the attempt where something is lost by it, not here
+                files.replace_text(self._path, json.dumps(self._state()))
             if over:
                 return
             over = self._over.wait(self._every_s)
@@ -113,13 +109,15 @@ class Pulse:
 
 def read_pulses(attempt: AttemptLayout, launch: int | None = None) -> list[dict[str, Any]]:
     """The newest sign of life of each rank of a launch, by rank; of the last launch without one."""
-    if not attempt.pulses.is_dir():
-        return []
     found: list[dict[str, Any]] = []
-    for path in sorted(attempt.pulses.glob("*.json")):
+    try:
+        paths = sorted(attempt.pulses.glob("*.json"))
+    except OSError:  # a network file system that hiccups: the next look will tell
+        return []
+    for path in paths:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, FileNotFoundError):  # seen in the moment of a rename on some network file systems
+        except (OSError, ValueError):  # such as ESTALE, in the moment of a rename on a network file system
             continue
         found.append(values)
     wanted = launch if launch is not None else max((values["launch"] for values in found), default=0)

@@ -10,6 +10,7 @@ from pixart_ds.engine import line
 from pixart_ds.errors import ConfigError
 from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
 from pixart_ds.log import duration, si
+from pixart_ds.train.attempt import last_metrics
 from pixart_ds.train.pulse import read_pulses, slow_ranks
 
 
@@ -21,7 +22,7 @@ def run_status(run: RunLayout) -> list[dict[str, Any]]:
 def _row(run: RunLayout, name: str) -> dict[str, Any]:
     stage, layout = read_stage(run, name), run.stage(name)
     attempts = layout.all_attempts()
-    last = _last_metrics(attempts)
+    last = _newest_metrics(attempts)
     outcomes = [files.read_json(a.outcome)["outcome"] if a.outcome.exists() else "running or lost" for a in attempts]
     if layout.done.exists():
         state = "done"
@@ -49,11 +50,8 @@ def _newest(layout: StageLayout) -> str | None:
     return str(names[-1]) if names else None
 
 
-def _last_metrics(attempts: list[AttemptLayout]) -> dict[str, Any]:
-    for attempt in reversed(attempts):
-        if (row := files.last_json_line(attempt.metrics)) is not None:
-            return dict(row)
-    return {}
+def _newest_metrics(attempts: list[AttemptLayout]) -> dict[str, Any]:
+    return next((row for attempt in reversed(attempts) if (row := last_metrics(attempt))), {})
 
 
 def table(rows: list[dict[str, Any]]) -> str:

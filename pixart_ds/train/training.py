@@ -85,9 +85,9 @@ class Training:
         self.pace = Pace(stage.checkpoint)
         self.previews = Previews(stage, self.sets[0], layout, world, log)
         self.origin = {"order": self.order.fingerprint, "sets": contents_of(stage, self.sets)}
-        losses = self._resume(there) if start is None else self._initialise(start)
+        kept = self._resume(there) if start is None else self._initialise(start)
         self.state.skips = windows
-        self.guard = Guard(stage.guard, stage.global_batch_size, losses)
+        self.guard = Guard(stage.guard, stage.global_batch_size, kept)
         self._recent: deque[tuple[int, Callable[[], Evidence]]] = deque(maxlen=stage.guard.spike_steps)
         self._owed: dict[str, bool] | None = None
         for window in windows:
@@ -96,8 +96,11 @@ class Training:
         log.event(reading_of(stage, self.sets, self.order, first, world.local_size, world.size))
         self.shelf.write_start({**self.state.to_json(), "order": self.order.fingerprint})
 
-    def _resume(self, names: list[CheckpointName]) -> list[float]:
-        """Goes on from the first of these checkpoints that is whole; returns the guard's history."""
+    def _resume(self, names: list[CheckpointName]) -> dict[str, Any] | list[float]:
+        """Goes on from the first of these checkpoints that is whole; returns the guard's history.
+
+        It is empty after a change: the old losses are no measure of another objective, or of other data.
+        """
         changes: list[Change] = []
         found = self.shelf.resume(names, lambda reader: changes.extend(self._changes_since(reader)))
         assert found is not None
@@ -106,7 +109,8 @@ class Training:
         self.state, self.lineage = TrainState.from_json(found.state["state"]), found.state["lineage"]
         self.log.event(f"resumed at {si(self.state.images_seen)} images from {found.name}")
         self._take_over(changes)
-        return list(found.state.get("guard", []))
+        kept: dict[str, Any] | list[float] = [] if changes else found.state.get("guard", [])
+        return kept
 
     def _initialise(self, start: Start) -> list[float]:
         """Begins the stage; returns the guard's history, which is empty."""
@@ -139,7 +143,8 @@ class Training:
         """What was changed and allowed since a checkpoint; what was not allowed is an error."""
         data = {"order": reader.state["order"], "sets": reader.state.get("sets", {})}
         recipe = reader.manifest.get("recipe", {})
-        return changes_since(self.layout, recipe, self.engine.recipe, data, self.origin, reader.storage.where)
+        where, lineage = reader.storage.where, reader.state.get("lineage")
+        return changes_since(self.layout, recipe, self.engine.recipe, data, self.origin, where, lineage)
 
     def _take_over(self, changes: list[Change]) -> None:
         """Records in the lineage what has changed at this clock."""
@@ -220,7 +225,7 @@ class Training:
     def _save(self, meter: Meter, *, milestone: bool) -> None:
         """The audit's lines are durable before the checkpoint is."""
         meter.sync_audit()
-        state = {"state": self.state.to_json(), "guard": self.guard.losses, "lineage": self.lineage, **self.origin}
+        state = {"state": self.state.to_json(), "guard": self.guard.to_json(), "lineage": self.lineage, **self.origin}
         self.pace.begun()
         self._owed = None
         with self.job.pulse.during("save"):

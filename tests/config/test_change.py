@@ -27,9 +27,14 @@ def saved(run: RunLayout) -> dict[str, Any]:
     return identity(read_stage(run, "stage2"))
 
 
-def since(run: RunLayout, recipe: dict[str, Any], data: dict[str, Any] | None = None) -> list[tuple[str, ...]]:
+def since(
+    run: RunLayout,
+    recipe: dict[str, Any],
+    data: dict[str, Any] | None = None,
+    lineage: dict[str, Any] | None = None,
+) -> list[tuple[str, ...]]:
     now = identity(read_stage(run, "stage2"))
-    found = changes_since(run.stage("stage2"), recipe, now, DATA, data or DATA, "img-1")
+    found = changes_since(run.stage("stage2"), recipe, now, DATA, data or DATA, "img-1", lineage)
     return [change.allowed for change in found]
 
 
@@ -110,6 +115,41 @@ def test_other_content_of_a_set_must_be_allowed_by_name(run: RunLayout) -> None:
         since(run, recipe, other)
     assert change_stage(run, "stage2", [], ["dataset"]) == []
     assert since(run, recipe, other) == [("recipe",), ("dataset",)]
+
+
+def test_a_change_of_content_is_allowed_once(run: RunLayout) -> None:
+    """A checkpoint from after it tells of it in its lineage; yet another content is another matter."""
+    other = {"order": "4567", "sets": {"a": "80 samples, 00"}}
+    recipe = saved(run)
+    change_stage(run, "stage2", [], ["dataset"])
+    before: dict[str, Any] = {"changes": [{"allowed": ["dataset"], "differences": [], "when": "of an earlier stage"}]}
+    assert since(run, recipe, other, before) == [("dataset",)]
+    told = [{**change.told(), "images_seen": 64} for change in read_changes(run.stage("stage2"))]
+    after = {"changes": [*before["changes"], *told]}
+    with pytest.raises(CheckpointError, match="--allow dataset"):
+        since(run, recipe, other, after)
+    change_stage(run, "stage2", [], ["dataset"])
+    assert since(run, recipe, other, after) == [("dataset",)]
+
+
+def test_what_a_person_has_edited_in_the_runs_deepspeed_file_stays(run: RunLayout) -> None:
+    path = run.stage("stage2").deepspeed
+    values = files.read_json(path)
+    values.setdefault("fp16", {})["initial_scale_power"] = 7
+    files.write_json(path, values)
+    change_stage(run, "stage2", ["precision=fp16", "optimizer.gradient_clipping=0.5"], ["precision", "recipe"])
+    changed = files.read_json(path)
+    assert changed["fp16"]["initial_scale_power"] == 7
+    assert (changed["fp16"]["enabled"], changed["gradient_clipping"]) == (True, 0.5)
+    files.write_json(path, {**changed, "gradient_clipping": 3.0})
+    with pytest.raises(ConfigError, match=r"gradient_clipping: the file says 3\.0, but 0\.5 is due"):
+        change_stage(run, "stage2", ["optimizer.learning_rate=3e-5"], ["recipe"])
+    words = ["optimizer.learning_rate=3e-5", "execution.deepspeed=zero2_v100_32gb"]
+    if read_stage(run, "stage2").execution.deepspeed == "zero2_v100_32gb":
+        words[1] = "execution.deepspeed=zero2_cpu"
+    change_stage(run, "stage2", words, ["recipe"])
+    assert files.read_json(path)["gradient_clipping"] == 0.5
+    assert files.read_json(path)["fp16"].get("initial_scale_power") != 7
 
 
 def test_keys_that_an_older_version_did_not_know_do_not_count(run: RunLayout) -> None:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import io
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from pixart_ds import files
+from pixart_ds.engine.agree import gather
 from pixart_ds.engine.handover import read_handover
+from pixart_ds.engine.world import World
 from pixart_ds.layout import RunLayout, StageLayout
+from pixart_ds.log import Log
+from pixart_ds.model import build
+from pixart_ds.train import previews
+from pixart_ds.train.previews import Previews
+from pixart_ds.train.sets import open_sets
 from tests.e2e.test_demo import ROOT, call
 from tests.e2e.test_same_run import start, wait_for
+from tests.helpers.launch import launch
+from tests.helpers.sets import tiny_set
+from tests.train.test_meter import stage_with
 
 pytestmark = pytest.mark.e2e
 
@@ -138,3 +152,47 @@ def test_what_cannot_be_drawn_is_told_and_ends_no_training(data: Path, tmp_path:
     log = stage.attempt(1).log.read_text()
     assert log.count("images: diffusers has no scheduler 'NoScheduler'") == 2
     assert not stage.previews.exists()
+
+
+def draws_with_a_failure(world: World, data: str, where: str) -> list[str]:
+    """A sheet for which rank 1 lacks memory; what the rank said, and that the next collective is the same one on all ranks."""
+    quiet, stream = stage_with(Path(data)), io.StringIO()
+    drawn = Previews(quiet, open_sets(quiet)[0], RunLayout(Path(data)).stage("s"), world, Log("s", stream))
+    net = build(quiet.model, fp32_attention=quiet.fp32_attention, attention_backend=quiet.execution.attention_backend)
+    weights = dict(net.named_parameters())
+    places = [SimpleNamespace(name=name, shape=one.shape, count=one.numel()) for name, one in weights.items()]
+
+    def full(key: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for number, (name, one) in enumerate(weights.items()):
+            whole = one.detach().clone()
+            dist.broadcast(whole, number % world.size)
+            # what cannot be taken over stands for a copy that fails
+            yield name, torch.ones(7, 5, 3, 2) if (where, number, world.rank) == ("gathering", 1, 1) else whole
+
+    def lacking(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    if world.rank == 1:
+        if where == "wishes":
+            previews.held_wishes = lacking
+        if where == "room":
+            drawn._make_room = lacking  # type: ignore[method-assign]
+    drawn._latents = lambda *_: []  # type: ignore[method-assign]
+    drawn._pictures = lambda *_: [] if world.rank else [np.zeros((32, 32, 3), np.uint8)]  # type: ignore[method-assign]
+    if where == "pictures":  # two pictures, of which rank 1 has none
+        held = previews.held_wishes
+        previews.held_wishes = lambda *about: tuple(2 * part for part in held(*about))  # type: ignore[assignment]
+    engine: Any = SimpleNamespace(
+        layout=SimpleNamespace(places=places), full=full, fixed=lambda: dict(net.named_buffers())
+    )
+    drawn.draw(engine, 64, SimpleNamespace(picture=lambda *_: None), lambda: False)  # type: ignore[arg-type]
+    return [stream.getvalue(), *gather(world, f"rank {world.rank}")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("where", ["nowhere", "wishes", "room", "gathering", "pictures"])
+def test_a_rank_that_lacks_memory_takes_the_others_along_and_ends_no_training(where: str, tmp_path: Path) -> None:
+    tiny_set(tmp_path)
+    for said, *others in launch(draws_with_a_failure, 2, str(tmp_path), where, timeout=60):
+        assert ("no previews at 64 images" in said) == (where != "nowhere"), said
+        assert others == ["rank 0", "rank 1"]

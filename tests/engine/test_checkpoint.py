@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -19,11 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixart_ds.engine import line
+from pixart_ds.engine import line, storage
 from pixart_ds.engine.checkpoint import Reader, commit, manifest_of, write_rank
 from pixart_ds.engine.shards import SHARD_KEYS
 from pixart_ds.engine.shelf import Committed, Shelf
-from pixart_ds.engine.storage import FolderStorage
+from pixart_ds.engine.storage import FolderStorage, S3Storage, read
 from pixart_ds.errors import CheckpointError, MachineError
 from pixart_ds.layout import MANIFEST_NAME, MARKER_NAME, StageLayout, rank_file_name
 from tests.engine.flat import FlatEngine, content, layout_of
@@ -225,6 +226,66 @@ def test_the_newest_whole_checkpoint_loads_and_what_is_wrong_with_newer_ones_is_
     assert [name.images_seen for name in line.line(layout)] == [10, 40], "the line goes around the damaged ones"
 
 
+@pytest.mark.parametrize("manifest", ["[]", '{"state": {"stAte": {}}}', '{"stAte": {}}', '{"state": 3}', "{"])
+def test_an_old_manifest_that_is_damaged_does_not_stand_before_a_whole_checkpoint(
+    tmp_path: Path, manifest: str
+) -> None:
+    shelf = saved(tmp_path, (10, 20))
+    old, new = line.committed(shelf.layout)
+    (shelf.layout.checkpoints / str(old) / MANIFEST_NAME).write_text(manifest)
+    good = lambda images_seen, state: state["clock"] == images_seen  # noqa: E731
+    later = shelf_at(tmp_path, 2)
+    names = Shelf.candidates(shelf.layout, 2, 1, later.world, good)
+    assert names == [new, old], "the damaged one is left to `resume`, which says what is wrong with it"
+    resumed = later.resume(names)
+    assert resumed is not None
+    assert (resumed.name, resumed.damaged) == (new, [])
+
+
+@pytest.mark.parametrize("name", [MARKER_NAME, MANIFEST_NAME, rank_file_name(0, 1)])
+def test_a_file_that_the_disk_does_not_give_is_damage_of_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shelf = saved(tmp_path, (10, 20))
+    old, new = line.committed(shelf.layout)
+    bad = shelf.layout.checkpoints / str(new) / name
+
+    def refuse(path: Path, *how: Any, **more: Any) -> Any:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return open(path, *how, **more)
+
+    monkeypatch.setattr(storage, "open", refuse, raising=False)
+    with pytest.raises(MachineError, match=f"cannot read {name}: Input/output error"):
+        read(FolderStorage(bad.parent), name)
+    later = shelf_at(tmp_path, 2)
+    names = Shelf.candidates(shelf.layout, 2, 1, later.world, lambda images_seen, state: bool(state["clock"]))
+    resumed = later.resume(names)
+    assert resumed is not None
+    assert (resumed.name, stands_at(later, 10)) == (old, True)
+    assert len(resumed.damaged) == 1
+    assert f"cannot read {name}: Input/output error" in resumed.damaged[0]
+    assert line.is_milestone(shelf.layout, new) == (name == MARKER_NAME), "it is kept for a person to see"
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_and_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = saved(tmp_path, (10,))
+    log = shelf.layout.attempt(1).log
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", lambda path: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "Directory not empty")))
+        shelf.save(20, {})
+        shelf.wait()
+    assert [name.images_seen for name in line.line(shelf.layout)] == [20]
+    assert "an old checkpoint could not be deleted" in log.read_text()
+    assert "img-000000000010-a0001-l01: cannot delete the folder: Directory not empty" in log.read_text()
+    shelf.save(30, {})
+    shelf.wait()
+    assert [name.images_seen for name in line.present(shelf.layout)] == [30]
+    assert log.read_text().count("could not be deleted") == 1
+
+
 def test_where_no_checkpoint_is_whole_nothing_starts_anew(tmp_path: Path) -> None:
     saved(tmp_path, (10, 20))
     layout = StageLayout(tmp_path)
@@ -349,6 +410,69 @@ def test_a_failed_save_does_not_end_the_shelf(tmp_path: Path, monkeypatch: pytes
     shelf.save(30, {})
     shelf.wait()
     assert [name.images_seen for name in line.committed(shelf.layout)] == [30], "keep is 1"
+
+
+# ---- a store that is silent for a while, on a clock of its own ------------------------------------------------------
+
+
+class SlowStore:
+    """The client of a store, and the clock: each piece or request takes `seconds`; what `fails` counts down breaks off."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, fails: int) -> None:
+        self.now, self.seconds, self.fails = 0.0, seconds, fails
+        self.content = bytes(range(200))
+        self.taken = b""
+        monkeypatch.setattr(storage.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(storage.time, "sleep", self._pass)
+
+    def _pass(self, seconds: float) -> None:
+        self.now += seconds
+
+    def _fail(self) -> None:
+        self.fails -= 1
+        raise ConnectionResetError("the connection broke off")
+
+    def client(self) -> SlowStore:
+        return self
+
+    def get_object(self, Range: str = "bytes=0-", **key: str) -> dict[str, Any]:
+        self.at = int(Range.removeprefix("bytes=").split("-")[0])
+        return {"Body": self}
+
+    def iter_chunks(self, size: int) -> Iterator[bytes]:
+        for number, at in enumerate(range(self.at, len(self.content), 10)):
+            self._pass(self.seconds)
+            if number == 4 and self.fails:
+                self._fail()
+            yield self.content[at : at + 10]
+
+    def close(self) -> None:
+        """Of an answer's body."""
+
+    def put_object(self, Body: bytes, **key: str) -> None:
+        self._pass(self.seconds)
+        if self.fails:
+            self._fail()
+        self.taken = Body
+
+
+def test_a_long_read_that_breaks_off_goes_on_however_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = SlowStore(monkeypatch, seconds=100, fails=3)
+    assert read(S3Storage("s3://bucket/stage", 300, store), "file") == store.content
+    assert store.now > 2000
+
+
+def test_a_long_upload_that_breaks_off_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = SlowStore(monkeypatch, seconds=400, fails=1)
+    S3Storage("s3://bucket/stage", 300, store).write("file", lambda: [b"content"])
+    assert store.taken == b"content"
+
+
+def test_a_store_that_stays_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = SlowStore(monkeypatch, seconds=1, fails=10**6)
+    with pytest.raises(MachineError, match="the store did not take file"):
+        S3Storage("s3://bucket/stage", 300, store).write("file", lambda: [b"content"])
+    assert 300 <= store.now < 330
 
 
 # ---- kills ---------------------------------------------------------------------------------------------------------

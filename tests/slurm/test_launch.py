@@ -189,7 +189,7 @@ def test_a_node_whose_ranks_fail_before_the_first_step_is_left_out(cluster: Clus
     cluster.wait_restart(training.job, 1)
     output = training.wait_end()
     assert "node n1 is left out for 24 h: its ranks failed before the first step" in output
-    assert cluster.about(training.job)["ExcNodeList"] == "n[1,8]", "beside the one that the profile leaves out"
+    assert cluster.about(training.job)["ExcNodeList"] == "n1,n8", "beside the one that the profile leaves out"
     assert training.outcomes() == ["failed", "done"]
     assert "no GPU is found here" in training.launches(1)[0]["cause"]
     (row,) = files.read_json_lines(run / "bad-nodes.jsonl")

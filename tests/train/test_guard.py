@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from pixart_ds.layout import StageLayout
 from pixart_ds.train.guard import Guard, Verdict, is_persistent
 from pixart_ds.train.skips import Window, is_clean, read_records, read_windows, record_window
 from pixart_ds.train.state import TrainState
+from pixart_ds.train.training import Training
 
 BATCH = 32
 CONFIG = GuardConfig(consecutive_skips=6, spike_factor=12.0, spike_steps=4, history_steps=100)
@@ -98,10 +102,109 @@ def test_a_history_from_a_checkpoint_goes_on_as_if_it_had_run() -> None:
     whole = Steps(Guard(CONFIG, BATCH))
     for loss in losses[:200]:
         whole.take(loss)
-    resumed = Steps(Guard(CONFIG, BATCH, json.loads(json.dumps(whole.guard.losses))))
+    resumed = Steps(Guard(CONFIG, BATCH, json.loads(json.dumps(whole.guard.to_json()))))
     for loss in losses[200:]:
         assert whole.take(loss) == resumed.take(loss)
         assert whole.guard.bound == resumed.guard.bound
+
+
+@pytest.mark.parametrize("steps_before", [1, 2, 3])
+def test_a_stop_amid_a_spike_does_not_make_its_checkpoint_one_from_before(steps_before: int) -> None:
+    whole = Steps(Guard(CONFIG, BATCH))
+    for loss in calm(300):
+        whole.take(loss)
+    for _ in range(steps_before):
+        assert whole.take(0.9) is None
+    resumed = Steps(Guard(CONFIG, BATCH, json.loads(json.dumps(whole.guard.to_json()))))
+    assert resumed.guard.doubts
+    resumed.clock = whole.clock
+    verdicts = [resumed.take(0.9) for _ in range(4 - steps_before)]
+    assert verdicts[:-1] == [None] * (3 - steps_before)
+    assert verdicts[-1] is not None
+    assert verdicts[-1].window == Window(300 * BATCH, 304 * BATCH)
+    assert not is_clean(whole.clock, (), [verdicts[-1].window])
+
+
+def test_a_history_of_losses_alone_is_read() -> None:
+    guard = Guard(CONFIG, BATCH, [0.5] * 200)
+    assert guard.to_json() == {"losses": [0.5] * 100, "high": 0}
+    assert guard.bound is not None
+
+
+def training_of(**parts: Any) -> Any:
+    """A stage under way of which only these parts are there."""
+    training = Training.__new__(Training)
+    vars(training).update(parts)
+    return training
+
+
+@pytest.mark.parametrize("changes", [[], ["another learning rate"]])
+def test_after_a_change_the_old_losses_are_no_measure(changes: list[str]) -> None:
+    kept = {"losses": [0.5] * 60, "high": 2}
+    state = {"state": TrainState(320, 10).to_json(), "lineage": {}, "guard": kept}
+
+    def resume(names: list[str], check: Any) -> Any:
+        check(None)
+        return SimpleNamespace(damaged=[], name=names[0], state=state)
+
+    training = training_of(shelf=SimpleNamespace(resume=resume), log=SimpleNamespace(event=lambda text: None))
+    training._changes_since, training._take_over = lambda reader: changes, lambda changes: None
+    guard = Guard(CONFIG, BATCH, training._resume(["newest"]))
+    assert guard.to_json() == ({"losses": [], "high": 0} if changes else kept)
+
+
+def saving(guard: Guard, saved: list[int]) -> Any:
+    """Training that saves every 15 steps into a list."""
+    checkpoint = SimpleNamespace(every=SimpleNamespace(in_images=lambda batch: 15 * batch), milestone_every=None)
+    training = training_of(guard=guard, state=TrainState(), _owed=None)
+    training.stage = SimpleNamespace(checkpoint=checkpoint, global_batch_size=BATCH)
+
+    def save(meter: Any, *, milestone: bool) -> None:
+        training._owed = None
+        saved.append(training.state.images_seen // BATCH)
+
+    training._save = save
+    return training
+
+
+def after(training: Any, steps: Steps, loss: float, *, stop: bool = False, last: bool = False) -> None:
+    """One step, refused if its loss is no number, and the save after it."""
+    before, applied = steps.clock, math.isfinite(loss)
+    assert steps.take(loss, applied=applied) is None
+    training.state.advance(BATCH, applied)
+    training.save_if_due(None, SimpleNamespace(save=False, stop=stop), before, last=last)
+
+
+def test_while_steps_are_refused_no_checkpoint_pushes_out_a_clean_one() -> None:
+    config = CONFIG.model_copy(update={"consecutive_skips": 40})
+    steps, saved = Steps(Guard(config, BATCH)), list[int]()
+    training = saving(steps.guard, saved)
+    for _ in range(31):
+        after(training, steps, 0.2)
+    for _ in range(39):
+        after(training, steps, float("nan"))
+        assert steps.guard.doubts
+    assert saved == [15, 30]
+    verdict = steps.take(float("nan"), applied=False)
+    assert verdict is not None
+    assert [is_clean(step * BATCH, (), [verdict.window]) for step in saved] == [True, True]
+
+
+def test_a_save_that_refused_steps_put_off_is_made_after_them() -> None:
+    steps, saved = Steps(Guard(CONFIG, BATCH)), list[int]()
+    training = saving(steps.guard, saved)
+    for loss in [0.2] * 13 + [float("nan")] * 3 + [0.2] * 2:
+        after(training, steps, loss)
+    assert saved == [17]
+
+
+@pytest.mark.parametrize("end", ["stop", "last"])
+def test_a_stop_and_the_end_save_amid_refused_steps_too(end: str) -> None:
+    steps, saved = Steps(Guard(CONFIG, BATCH)), list[int]()
+    training = saving(steps.guard, saved)
+    after(training, steps, 0.2)
+    after(training, steps, float("nan"), stop=end == "stop", last=end == "last")
+    assert saved == [2]
 
 
 # ---- what is left out ----------------------------------------------------------------------------------------------

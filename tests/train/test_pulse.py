@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from pixart_ds.layout import AttemptLayout
 from pixart_ds.train.pulse import Pulse, read_pulses, slow_ranks
@@ -57,6 +61,45 @@ def test_signs_are_written_and_read_by_launch(tmp_path: Path) -> None:
     attempt.pulse(5).write_text("{")
     assert len(read_pulses(attempt)) == 1
     assert read_pulses(AttemptLayout(tmp_path / "none")) == []
+
+
+def test_a_disk_that_refuses_for_a_while_ends_no_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it lets nothing be removed: a rank that gives no more signs is taken for dead."""
+    attempt = AttemptLayout(tmp_path / "0001")
+    pulse = Pulse(attempt, 1, 0, every_s=0.01)
+    tried: list[object] = []
+
+    def refused(*words: object, **_: object) -> None:
+        tried.append(words)
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", refused)
+        broken.setattr(Path, "unlink", refused)
+        pulse.start()
+        deadline = time.monotonic() + 20
+        while len(tried) < 6 and pulse._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert pulse._thread.is_alive()
+    pulse.stop()
+    assert len(read_pulses(attempt)) == 1
+
+
+def test_a_sign_that_cannot_be_read_now_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = AttemptLayout(tmp_path / "0001")
+    for rank in (0, 1):
+        Pulse(attempt, 1, rank, every_s=0.01).start().stop()
+    read_text = Path.read_text
+
+    def stale(path: Path, **more: Any) -> str:
+        if path == attempt.pulse(0):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_text(path, **more)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert [each["rank"] for each in read_pulses(attempt)] == [1]
+    attempt.pulse(1).write_bytes(b"\xff")
+    assert read_pulses(attempt) == []
 
 
 def test_slow_ranks_are_named_slowest_first() -> None:
