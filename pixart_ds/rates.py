@@ -44,13 +44,51 @@ class Grid(_Closed):
     year: int
 
 
-class Paper(_Closed):
-    """What the paper states."""
+class Rival(_Closed):
+    """What the paper states of another model."""
 
-    gpu_days: dict[str, float]
     a100_days: float
     dollars: float
     tonnes_co2: float
+
+
+class Price(_Closed):
+    """Dollars for a GPU-hour, as somebody asks them."""
+
+    device: Literal["a100", "v100"]
+    per_hour: float
+    what: str
+    dated: str
+    source: str
+
+
+class Boundary(_Closed):
+    """What counts as a run's energy."""
+
+    watts: float
+    """For a GPU."""
+    pue: float
+    what: str
+
+
+class Paper(_Closed):
+    """What the paper states, and what its totals depend on."""
+
+    gpu_days: dict[str, float]
+    """V100-days of each stage."""
+    gpus: dict[str, int]
+    """V100s of each stage."""
+    a100_days: float
+    dollars: float
+    tonnes_co2: float
+    co2_watts: float
+    """For an A100, of the method that gives its tonnes."""
+    co2_country: str
+    source: str
+    rivals: dict[str, Rival]
+    prices: tuple[Price, ...]
+    boundaries: tuple[Boundary, ...]
+    grids: tuple[str, ...]
     co2_note: str
 
 

@@ -1,4 +1,4 @@
-"""What a run cost: python tools/cost_report.py RUN [--json] [--country FRA] [--pue 1.2] [--price 0.97] [--device v100-sxm2]."""
+"""What a run cost: python tools/cost_report.py RUN [--format json] [--country FRA] …; or, with --paper alone, the paper's account."""
 
 import sys
 from pathlib import Path

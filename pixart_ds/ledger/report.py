@@ -12,6 +12,7 @@ from typing import Any
 from pixart_ds.errors import EXIT_DONE, PixArtError
 from pixart_ds.ledger.accounting import a100_days, account
 from pixart_ds.ledger.book import read_book
+from pixart_ds.ledger.paper import paper_account, paper_page
 from pixart_ds.rates import Assumptions, assume, rate_table
 
 
@@ -136,21 +137,30 @@ def _digits(value: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line of tools/cost_report.py."""
     parser = argparse.ArgumentParser(prog="cost_report.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of the run")
+    parser.add_argument("--paper", action="store_true", help="the paper's own account and its rivals', from its tables")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
     parser.add_argument("--device", help="kind of device: v100-sxm2, a100-80gb, …")
     parser.add_argument("--country", help="whose electricity: ISO code of three letters, or WORLD")
     parser.add_argument("--pue", type=float, help="power usage effectiveness of the site")
     parser.add_argument("--price", type=float, dest="price_per_hour", help="dollars for a device-hour")
     parser.add_argument("--watts", type=float, help="watts for a device, node share included")
     options = parser.parse_args(argv)
+    if (options.run is None) != options.paper:
+        parser.error("give either the folder of a run or --paper")
+    if options.paper:
+        account_of = paper_account()
+        print(
+            json.dumps(account_of, indent=2, ensure_ascii=False) if options.format == "json" else paper_page(account_of)
+        )
+        return EXIT_DONE
     choices = {name: getattr(options, name) for name in ("device", "country", "pue", "price_per_hour", "watts")}
     try:
         values = report(options.run, **choices)
     except PixArtError as error:
         print(f"cost_report.py: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps(values, indent=2) if options.json else page(values))
+    print(json.dumps(values, indent=2) if options.format == "json" else page(values))
     return EXIT_DONE
 
 

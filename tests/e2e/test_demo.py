@@ -102,7 +102,7 @@ def test_pictures_pipeline_and_tensorboard_are_there(demo: tuple[Path, str]) -> 
         assert words in text
     report = json.loads(
         subprocess.run(
-            [sys.executable, ROOT / "tools/cost_report.py", out / "run", "--json"],
+            [sys.executable, ROOT / "tools/cost_report.py", out / "run", "--format", "json"],
             capture_output=True,
             text=True,
             check=True,

@@ -173,7 +173,7 @@ def check_accounts(run: Path, stage: StageLayout) -> None:
     assert answer.stdout.startswith("stage1: proven\n")
     rows = json.loads(call("status", run, "--json").stdout)
     assert (rows[0]["state"], rows[0]["outcomes"]) == ("done", ["stopped"] * 4 + ["done"])
-    command = [sys.executable, ROOT / "tools/cost_report.py", run, "--json"]
+    command = [sys.executable, ROOT / "tools/cost_report.py", run, "--format", "json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     (report,) = [part for part in json.loads(answer.stdout)["stages"] if part["stage"] == "stage1"]
