@@ -1,4 +1,4 @@
-"""What a run cost: python tools/cost_report.py RUN [--format json] [--country FRA] …; or, with --paper alone, the paper's account."""
+"""What a run cost: python tools/cost_report.py RUN [--format json] [--country FRA] …; or --paper alone: the paper's account."""
 
 import sys
 from pathlib import Path

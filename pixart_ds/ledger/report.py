@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pixart_ds.errors import EXIT_DONE, PixArtError
+from pixart_ds import files
+from pixart_ds.errors import EXIT_DONE, DataError, PixArtError
+from pixart_ds.layout import RunLayout
+from pixart_ds.ledger import sacct
 from pixart_ds.ledger.accounting import a100_days, account
 from pixart_ds.ledger.book import read_book
 from pixart_ds.ledger.paper import paper_account, paper_page
@@ -69,6 +72,29 @@ def report(run: Path, **choices: Any) -> dict[str, Any]:
     }
 
 
+def slurm_account(run: Path, dump: Path) -> dict[str, Any]:
+    """GPU-seconds of the run's jobs as Slurm has them, from a dump; jobs of other runs in it are left out.
+
+    Raises:
+        DataError: The dump cannot be read, or holds none of the run's jobs.
+    """
+    stages = [RunLayout(run).stage(name) for name in files.read_json(RunLayout(run).manifest)["stages"]]
+    attempts = [attempt for stage in stages for attempt in stage.all_attempts() if attempt.env.exists()]
+    jobs = {str(files.read_json(attempt.env).get("job")) for attempt in attempts} - {"None"}
+    try:
+        text = dump.read_text(encoding="utf-8", errors="replace")
+    except OSError as cause:
+        raise DataError(f"the dump cannot be read: {cause.strerror}", where=dump, remedy=sacct.COMMAND) from cause
+    found = sacct.of_jobs(sacct.parse(text, dump), jobs)
+    if not found.allocations:
+        raise DataError(
+            f"the dump holds none of the run's jobs ({', '.join(sorted(jobs)) or 'it has none'})",
+            where=dump,
+            remedy=sacct.COMMAND.replace("JOBS", ",".join(sorted(jobs)) or "JOBS"),
+        )
+    return sacct.summary(found)
+
+
 def page(values: dict[str, Any]) -> str:
     """The report for people, at most 110 columns."""
     lines = [
@@ -95,6 +121,7 @@ def page(values: dict[str, Any]) -> str:
     for kind in values["assumptions"].values():
         lines += [f"  - {line}" for line in Assumptions.model_validate(kind).lines()]
     lines.append(f"  - figures are estimates from wall time, source: {values['source']}")
+    lines += _slurm_lines(values["slurm"]) if "slurm" in values else []
     paper = values["paper"]
     lines += [
         "",
@@ -104,6 +131,19 @@ def page(values: dict[str, Any]) -> str:
         f"  {paper['co2_note']}",
     ]
     return "\n".join(lines)
+
+
+def _slurm_lines(found: dict[str, Any]) -> list[str]:
+    states = ", ".join(f"{state} {seconds / 3600:,.2f}" for state, seconds in found["by_state"].items())
+    lines = [
+        "",
+        f"Slurm's account: {found['gpu_seconds'] / 3600:,.2f} GPU-hours in {found['starts']} starts ({states})",
+    ]
+    if found["running"]:
+        lines.append(f"  still running: {', '.join(found['running'])}")
+    if found["without_gpus"]:
+        lines.append(f"  not counted, since Slurm names no GPUs: {', '.join(found['without_gpus'])}")
+    return [*lines, *(f"  not read: {problem}" for problem in found["problems"])]
 
 
 def _line(stage: str, attempt: str, devices: str, values: dict[str, Any], paper: str) -> str:
@@ -139,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cost_report.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, nargs="?", help="folder of the run")
     parser.add_argument("--paper", action="store_true", help="the paper's own account and its rivals', from its tables")
+    parser.add_argument("--sacct", type=Path, metavar="FILE", help=f"hold Slurm's account beside: {sacct.COMMAND}")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     parser.add_argument("--device", help="kind of device: v100-sxm2, a100-80gb, …")
     parser.add_argument("--country", help="whose electricity: ISO code of three letters, or WORLD")
@@ -157,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     choices = {name: getattr(options, name) for name in ("device", "country", "pue", "price_per_hour", "watts")}
     try:
         values = report(options.run, **choices)
+        if options.sacct is not None:
+            values["slurm"] = slurm_account(options.run, options.sacct)
     except PixArtError as error:
         print(f"cost_report.py: {error}", file=sys.stderr)
         return error.exit_code

@@ -14,6 +14,7 @@ import pytest
 from pixart_ds import files
 from pixart_ds.errors import ConfigError, DataError
 from pixart_ds.layout import RunLayout
+from pixart_ds.ledger import sacct
 from pixart_ds.ledger.accounting import a100_days, account
 from pixart_ds.ledger.book import open_entry, read_book, update_entry
 from pixart_ds.ledger.entries import Entry
@@ -204,3 +205,26 @@ def test_the_papers_account_is_printed_without_a_run(tmp_path: Path) -> None:
     both = subprocess.run([*script, "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert both.returncode == 2
     assert "give either the folder of a run or --paper" in both.stderr
+
+
+def test_slurms_account_stands_beside(tmp_path: Path) -> None:
+    run = RunLayout(tmp_path / "run")
+    attempt = run.stage("stage1").attempt(1)
+    attempt.root.mkdir(parents=True)
+    files.write_json(run.manifest, {"stages": ["stage1"]})
+    files.write_json(attempt.env, {"job": "7"})
+    open_entry(attempt, entry())
+    header = "|".join(sacct.FIELDS)
+    rows = [
+        "7|7|1|n|u|REQUEUED|1|2|3|3600|gres/gpu=8",
+        "7|7|2|n|u|COMPLETED|1|2|3|1800|gres/gpu=8",
+        "9|9|3|n|u|FAILED|1|2|3|99|gres/gpu=8",
+    ]
+    (tmp_path / "dump").write_text("\n".join([header, *rows, ""]))
+    script = [sys.executable, str(ROOT / "tools/cost_report.py"), str(run.root), "--sacct", str(tmp_path / "dump")]
+    text = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert "Slurm's account: 12.00 GPU-hours in 2 starts (REQUEUED 8.00, COMPLETED 4.00)" in text
+    (tmp_path / "dump").write_text("\n".join([header, rows[2], ""]))
+    answer = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert answer.returncode == 4
+    assert "the dump holds none of the run's jobs (7)" in answer.stderr
