@@ -200,7 +200,8 @@ class _Attempt:
             attempt.hang(launch), {"what": hang.what, "culprits": hang.culprits, "seen": hang.seen, "stacks_in": logs}
         )
         what = f"{hang.what}; the stacks of all threads are in the ranks' logs"
-        return RankFailure(what, EXIT_BUG, hang.culprits[0]["host"] if hang.culprits else None)
+        blamed = 0 < len(hang.culprits) < ranks.world_size or ranks.world_size == 1  # not where all wait for each other
+        return RankFailure(what, EXIT_BUG, hang.culprits[0]["host"] if blamed and hang.culprits else None)
 
     def _wait(self, seconds: float) -> bool:
         """Waits, unless a stop is asked for meanwhile."""
