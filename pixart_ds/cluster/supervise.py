@@ -168,7 +168,7 @@ class _Attempt:
         self.record.ranks_started(ranks.world_size, launcher, self.request.launch, where=self.where)
         pulses = PulseWatch(self.request.attempt, self.request.launch, self.deadlines, ranks.world_size)
         started = time.monotonic()
-        watch = _Watch(ranks, self.record, self.requests, self.timing, pulses, self.allocation)
+        watch = _Watch(ranks, self.record, self.requests, self.timing, pulses, self.allocation, self.log)
         hang = watch.until_all_left(lambda first_step: self._tell_recovery(started, first_step))
         self.crash = _Crash(watch.failed_at, time.monotonic()) if watch.failed_at is not None else None
         if hang is not None:
@@ -233,9 +233,10 @@ class _Watch:
         timing: Timing,
         pulses: PulseWatch,
         allocation: Allocation | None,
+        log: Log,
     ) -> None:
         self.ranks, self.record, self.requests, self.timing, self.pulses = ranks, record, requests, timing, pulses
-        self.allocation = allocation
+        self.allocation, self.log = allocation, log
         self.lost: list[str] = []
         self._told = 0
         self._kill_at: float | None = None
@@ -252,6 +253,8 @@ class _Watch:
                 self._end_what_is_lost(now)
             self._pass_on(now)
             self._end_what_failed(now)
+            for slow in self.pulses.newly_slow():
+                self.log.event(slow)
             if not stepped and self.pulses.first_step_at is not None:
                 stepped = True
                 on_first_step(self.pulses.first_step_at)

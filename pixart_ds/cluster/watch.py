@@ -9,9 +9,11 @@ from typing import Any
 
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.layout import AttemptLayout
-from pixart_ds.train.pulse import read_pulses
+from pixart_ds.train.pulse import read_pulses, slow_ranks, slow_words
 
 _LOOK_SECONDS = 1.0
+_SLOW_SECONDS = 60.0
+_SLOW_AGAIN_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class PulseWatch:
         self._beats: dict[int, tuple[int, float]] = {}
         self._next_look = clock()
         self._first_step_at: float | None = None
+        self._slow_since: dict[int, float] = {}
+        self._slow_told: dict[int, float] = {}
+        self._slow: list[str] = []
 
     @property
     def first_step_at(self) -> float | None:
@@ -73,7 +78,22 @@ class PulseWatch:
             each["silent_s"] = now - self._beats[each["rank"]][1]
         if self._first_step_at is None and any(each["images_seen"] is not None for each in pulses):
             self._first_step_at = now
+        self._notice_slow(pulses, now)
         return self._missing(pulses, now) or self._judge(pulses)
+
+    def newly_slow(self) -> list[str]:
+        """For people: ranks that have been slower than the others for a minute; each at most once an hour."""
+        said, self._slow = self._slow, []
+        return said
+
+    def _notice_slow(self, pulses: list[dict[str, Any]], now: float) -> None:
+        slow = {each["rank"]: each for each in slow_ranks(pulses)}
+        self._slow_since = {rank: self._slow_since.get(rank, now) for rank in slow}
+        for rank, since in self._slow_since.items():
+            told = self._slow_told.get(rank)
+            if now - since >= _SLOW_SECONDS and (told is None or now - told >= _SLOW_AGAIN_SECONDS):
+                self._slow_told[rank] = now
+                self._slow.append(slow_words(slow[rank]))
 
     def _missing(self, pulses: list[dict[str, Any]], now: float) -> Hang | None:
         """Ranks that have never given a sign of life: their node hangs, or they were never started."""

@@ -131,3 +131,11 @@ def slow_ranks(pulses: list[dict[str, Any]], factor: float = 1.3) -> list[dict[s
         return []
     median = known[(len(known) - 1) // 2]["own_s"]
     return [{**each, "median_own_s": median} for each in reversed(known) if each["own_s"] > factor * median]
+
+
+def slow_words(pulse: dict[str, Any]) -> str:
+    """One of `slow_ranks`, for people."""
+    return (
+        f"rank {pulse['rank']} on {pulse['host']} takes {pulse['own_s']:.2f} s for its part of a step, "
+        f"the median rank {pulse['median_own_s']:.2f} s: the others wait for it"
+    )

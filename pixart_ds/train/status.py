@@ -11,7 +11,7 @@ from pixart_ds.errors import ConfigError
 from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
 from pixart_ds.log import duration, si
 from pixart_ds.train.attempt import last_metrics
-from pixart_ds.train.pulse import read_pulses, slow_ranks
+from pixart_ds.train.pulse import read_pulses, slow_ranks, slow_words
 
 
 def run_status(run: RunLayout) -> list[dict[str, Any]]:
@@ -64,11 +64,4 @@ def table(rows: list[dict[str, Any]]) -> str:
         numbers = f"{images:>20}{row['attempts']:>10}{loss:>9}{left:>14}"
         lines.append(f"{row['stage']:<14}{row['state']:<18}{numbers}  {row['checkpoint'] or '-'}")
     slow = [(row["stage"], each) for row in rows for each in row["slow_ranks"]]
-    return "\n".join([*lines, *(_slow(stage, each) for stage, each in slow)])
-
-
-def _slow(stage: str, pulse: dict[str, Any]) -> str:
-    return (
-        f"{stage}: rank {pulse['rank']} on {pulse['host']} takes {pulse['own_s']:.2f} s for its part of a step, "
-        f"the median rank {pulse['median_own_s']:.2f} s: the others wait for it"
-    )
+    return "\n".join([*lines, *(f"{stage}: {slow_words(each)}" for stage, each in slow)])

@@ -153,3 +153,20 @@ def test_ranks_that_never_give_a_sign_of_life_are_named_and_no_node_is_blamed(tm
     found = world.after(6)
     assert found is not None
     assert "no sign of life from ranks 2, 3 within 500 s" in found
+
+
+def test_a_rank_that_others_wait_for_is_named_after_a_minute_and_again_after_an_hour(tmp_path: Path) -> None:
+    world = World(tmp_path, 4, step=9999.0)
+    world.ranks[3]["own_s"] = 1.4
+    world.after(50)
+    assert world.watch.newly_slow() == []
+    world.after(20)
+    (said,) = world.watch.newly_slow()
+    assert said == ("rank 3 on n1 takes 1.40 s for its part of a step, the median rank 1.00 s: the others wait for it")
+    world.after(3500)
+    assert world.watch.newly_slow() == []
+    world.after(200)
+    assert len(world.watch.newly_slow()) == 1
+    world.ranks[3]["own_s"] = 1.0
+    world.after(4000)
+    assert world.watch.newly_slow() == []
