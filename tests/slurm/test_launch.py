@@ -44,6 +44,36 @@ def test_slurm_would_take_every_checked_in_file(cluster: Cluster) -> None:
         assert f"using {64 * int(nodes[1])} processors" in answer.stderr
 
 
+def test_sixty_four_tasks_know_who_they_are_and_where_they_meet(cluster: Cluster) -> None:
+    code = (
+        "import json, os; from pixart_ds.engine.environment import read_environment as read; given = read(os.environ); "
+        "print(json.dumps([given.launcher, given.rank, given.size, given.local_rank, given.local_size, "
+        "given.master_addr, given.master_port]))"
+    )
+    tasks = [
+        "srun",
+        "--partition=gpu",
+        "--nodes=8",
+        "--ntasks=64",
+        "--ntasks-per-node=8",
+        "--gres=gpu:8",
+        "--exclusive",
+    ]
+    answer = subprocess.run(
+        [*tasks, sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = sorted((json.loads(line) for line in answer.stdout.splitlines()), key=lambda each: int(each[1]))
+    assert [each[:5] for each in told] == [["srun", rank, 64, rank % 8, 8] for rank in range(64)]
+    ((host, port),) = {tuple(each[5:]) for each in told}
+    assert host == "n1"
+    assert 20000 <= port < 30000
+
+
 def test_a_dry_run_prints_what_will_be_submitted_to_the_letter(cluster: Cluster, run: Path, tmp_path: Path) -> None:
     options = ("--profile", "test-cluster", "--nodes", "1-2", "--time", "15", "--set", "execution.micro_batch_size=4")
     dry = call("launch", "stage1", "--run", run, *options, "--dry-run")
