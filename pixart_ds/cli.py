@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a range lists what each size costs (default: as many GPUs as the paper had for the stage)",
     )
     verb.add_argument("--gpus-per-node", type=_positive, help="default 8")
+    verb.add_argument("--profile", help="a site: its GPUs, country, PUE and price where no option names them")
     verb.add_argument("--country", help="whose electricity: ISO code of three letters, or WORLD")
     verb.add_argument("--pue", type=float, help="power usage effectiveness of the site")
     verb.add_argument("--price", type=float, dest="price_per_hour", help="dollars for a GPU-hour")
@@ -384,12 +385,26 @@ def _estimate(options: argparse.Namespace) -> int:
 
     names = ("gpu", "gpus_per_node", "country", "pue", "price_per_hour")
     given = {name: getattr(options, name) for name in names}
+    if options.profile is not None:
+        site = _site_of(options.profile)
+        given = {name: site[name] if value is None else value for name, value in given.items()}
     if isinstance(options.nodes, tuple):
         values = estimate_sizes(options.recipe, options.sets, Machines(**given), *options.nodes)
     else:
         values = estimate(options.recipe, options.sets, Machines(**given, nodes=options.nodes))
     _print_json(values) if options.json else print(report(values))
     return EXIT_DONE
+
+
+def _site_of(name: str) -> dict[str, Any]:
+    """What a profile says of GPUs and costs; None where it says nothing."""
+    from pixart_ds.config.profile import load_profile
+    from pixart_ds.errors import ConfigError
+
+    profile = load_profile(name)
+    if profile.gpu is None:
+        raise ConfigError(f"the profile {name} names no gpu", remedy="estimate for one: --gpu v100-32gb")
+    return {"gpu": profile.gpu, "gpus_per_node": profile.gpus_per_node, **profile.cost.model_dump()}
 
 
 def _prepare(options: argparse.Namespace) -> int:

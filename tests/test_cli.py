@@ -121,3 +121,19 @@ def test_train_says_what_is_missing_before_it_starts_a_process(
     assert main(["train", folder, "stage1", "--set", "optimizer.eps=1e-8"]) == 2
     assert "optimizer.eps: 1e-10 → 1e-08" in capsys.readouterr().err
     assert not list(Path(folder).glob("*/attempts/*"))
+
+
+def test_an_estimate_reckons_with_a_sites_gpus_and_costs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "description: a site\ngpu: a100-80gb\ngpus_per_node: 4\ncost: {country: FRA, pue: 1.1, price_per_hour: 2.0}\n"
+    )
+    assert main(["estimate", "stage2", "--nodes", "2", "--profile", str(site), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    options = ["--gpu", "a100-80gb", "--gpus-per-node", "4", "--country", "FRA", "--pue", "1.1", "--price", "2"]
+    assert main(["estimate", "stage2", "--nodes", "2", *options, "--json"]) == 0
+    assert found == json.loads(capsys.readouterr().out)
+    assert main(["estimate", "stage2", "--nodes", "2", "--profile", str(site), "--gpus-per-node", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpus"] == 16, "an option goes before the profile"
+    assert main(["estimate", "stage2", "--profile", "test-cluster"]) == 2
+    assert "the profile test-cluster names no gpu" in capsys.readouterr().err

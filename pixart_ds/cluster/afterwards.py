@@ -60,7 +60,7 @@ def follow(job: Job, outcome: dict[str, Any], requests: Sequence[str], limit: in
         return int(outcome["exit_code"])
     if job.successor:
         job.log.event(f"job {job.slurm.job} ends; the one behind it goes on")
-        for each in _waiting_behind(job.slurm):
+        for each in _waiting_behind(job.log):
             _exclude(job, Slurm(each, 0))
         return EXIT_DONE
     return _requeue(job, decision.why)
@@ -118,14 +118,18 @@ def submit_successor(slurm: Slurm, log: Log) -> None:
     log.event(f"job {number} waits behind this one" if number else f"no job waits behind this one: sbatch: {refusal}")
 
 
-def _waiting_behind(slurm: Slurm) -> list[str]:
-    """Jobs of this one's name that wait for it."""
-    there = own_jobs(os.environ.get("SLURM_JOB_NAME", ""))
+def _waiting_behind(log: Log) -> list[str]:
+    """Jobs of this one's name that wait for it; none, and a word, where Slurm does not answer: they are no reason to fail."""
+    try:
+        there = own_jobs(os.environ.get("SLURM_JOB_NAME", ""))
+    except MachineError as error:
+        log.event(f"jobs that wait behind this one are left as they are: {error.what}")
+        return []
     return [each["job"] for each in there if (each["state"], each["reason"]) == ("PENDING", "Dependency")]
 
 
 def _withdraw_successors(slurm: Slurm, log: Log) -> None:
-    for number in _waiting_behind(slurm):
+    for number in _waiting_behind(log):
         if number != slurm.job:
             call("scancel", number)
             log.event(f"job {number}, which waited behind this one, is withdrawn")

@@ -53,16 +53,14 @@ class Allocation:
             self._log.event(f"job {self.slurm.job}: Slurm does not answer")
             return about
         left = "" if self._seen.end is None else f", {max(0.0, self._seen.end - time.time()) / 3600:.1f} h left"
-        where = f"{self._seen.num_nodes} nodes {self._seen.nodes}"
+        where = f"{self._seen.num_nodes} node{'' if self._seen.num_nodes == 1 else 's'} {self._seen.nodes}"
         number, start = self._attempt.number, self.slurm.restarts + 1
         self._log.event(f"attempt {number}: job {self.slurm.job}, start {start}, on {where}{left}")
         return {**about, "nodes": expand(self._seen.nodes), "gres": self._seen.gres}
 
     def look(self) -> None:
         """Asks for a stop when the time limit is near or the job is to make room, once each; does not wait for Slurm."""
-        if self._seen is None:
-            return
-        if self._requests.names:
+        if self._seen is None or self._requests.names:
             return
         if self._seen.preempted:
             self._requests.names.append("preemption")
@@ -82,8 +80,8 @@ class Allocation:
             self._guardian.keep(self._seen, self._unreachable)
 
     def lost_nodes(self) -> list[str]:
-        """Those of the launch's nodes that the job has lost since."""
-        if self._seen is None or not self._seen.nodes:
+        """Those of the launch's nodes that the job has lost since; a job that is taken down gives its nodes back one by one."""
+        if self._seen is None or not self._seen.nodes or self._seen.state != "RUNNING":
             return []
         return sorted(self._nodes - set(expand(self._seen.nodes)))
 

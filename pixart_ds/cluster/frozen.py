@@ -173,19 +173,10 @@ def _changed() -> bool:
     if about.exists():
         known: dict[str, Any] = files.read_json(about)
         return bool(known["changed"])
-    answer = subprocess.run(
-        [
-            "git",
-            "-C",
-            str(_PACKAGE.parent),
-            "status",
-            "--porcelain",
-            "--",
-            *("pixart_ds", "ds_configs", "slurm"),
-            *_LISTS,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    what = ("pixart_ds", "ds_configs", "slurm", *_LISTS)
+    command = ["git", "-C", str(_PACKAGE.parent), "status", "--porcelain", "--", *what]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # a compute node without git
+        return False
     return bool(answer.stdout.strip())

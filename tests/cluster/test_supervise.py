@@ -221,7 +221,7 @@ class FakeSlurm(Slurm):
     def __init__(self, job: str = "4711", end: float | None = None, **more: Any) -> None:
         super().__init__(job, 0)
         known: dict[str, Any] = {"state": "RUNNING", "reason": None, "restarts": 0, "preempted": False}
-        known |= {"end": end, "nodes": "n[1-2]", "num_nodes": 2, "gres": {}, "batch_host": "n1"}
+        known |= {"end": end, "nodes": "n1", "num_nodes": 1, "gres": {}, "batch_host": "n1"}
         self.now = JobState(**{**known, **more})
         self.told: list[str] = []
 
@@ -249,7 +249,7 @@ def test_near_the_end_of_the_walltime_a_stop_is_asked_for(tmp_path: Path) -> Non
     slurm = FakeSlurm(end=time.time() + 3)
     code, text = go(stage, "save-when-asked", timing=Timing(walltime_margin_s=2), slurm=slurm)
     assert (code, outcome(stage)["cause"], slurm.told[0]) == (0, "walltime", "requeue")
-    assert "job 4711, start 1, on 2 nodes n[1-2]" in text
+    assert "job 4711, start 1, on 1 node n1" in text
 
 
 def test_a_request_that_came_before_the_ranks_starts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,51 @@
+"""What the supervisor makes of Slurm's answers, and the copy of the code, where something is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+
+from pixart_ds.cluster import afterwards, frozen
+from pixart_ds.cluster.allocation import Allocation
+from pixart_ds.cluster.requests import Requests
+from pixart_ds.layout import RunLayout
+from pixart_ds.log import Log
+from tests.cluster.test_supervise import FakeSlurm
+
+
+def test_a_job_that_is_taken_down_has_lost_no_node(tmp_path: Path) -> None:
+    """Its nodes go one by one while ranks on the others still save."""
+    attempt = RunLayout(tmp_path).stage("stage1").attempt(1)
+    attempt.root.mkdir(parents=True)
+    slurm = FakeSlurm(nodes="n1", num_nodes=1)
+    slurm.now = dataclasses.replace(slurm.now, nodes="n[1-2]", batch_host="n1")
+    with Requests() as requests:
+        allocation = Allocation(slurm, attempt, requests, 300.0, Log("stage1", io.StringIO()))
+        allocation.launch_begins({"n2"})
+        assert allocation.lost_nodes() == []
+        allocation._nodes = {"n1", "n2"}
+        for state, lost in (("COMPLETING", []), ("RUNNING", ["n2"])):
+            allocation._seen = dataclasses.replace(slurm.now, nodes="n1", state=state)
+            assert allocation.lost_nodes() == lost
+        allocation.end()
+
+
+def test_the_code_is_frozen_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = frozen.freeze(RunLayout(tmp_path), "job 7")
+    assert (found.commit, found.changed, found.new) == (None, False, True)
+    assert (found.folder / "pixart_ds" / "cli.py").exists()
+    assert frozen.freeze(RunLayout(tmp_path), "job 7").new is False
+
+
+def test_jobs_that_wait_are_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    output = io.StringIO()
+    assert afterwards.nothing_to_do(FakeSlurm(), Log("stage1", output)) == 0
+    assert "left as they are: squeue: Unable to contact slurm controller" in output.getvalue()
