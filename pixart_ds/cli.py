@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pixart_ds import __version__
 from pixart_ds.errors import EXIT_CHECKPOINT, EXIT_DATA, EXIT_DONE, PixArtError
+from pixart_ds.report.options import add_arguments
 
 if TYPE_CHECKING:
     from pixart_ds.cluster.requests import Requests
     from pixart_ds.cluster.slurm import Slurm
+    from pixart_ds.config.schema import ChainConfig
     from pixart_ds.layout import RunLayout
 
 _EPILOG = (
@@ -128,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _dry_run(verb)
 
+    verb = _add(verbs, "budget", _budget, "what a run has used up of its budget, and other limits for it, on record")
+    verb.add_argument("run", type=Path, help="folder of the run; it may be under way")
+    _sets(verb, "LIMIT=NUMBER")
+    _dry_run(verb)
+    _json(verb)
+
     verb = _add(verbs, "train", _train, "run or resume one stage: the supervisor of one allocation")
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("stage", help="name of the stage")
@@ -182,9 +190,40 @@ def _parser() -> argparse.ArgumentParser:
     _dry_run(verb)
     _json(verb)
 
+    verb = _add(
+        verbs, "chain", _chain, "submit all stages, each behind the one before; run it again, and it mends what is broken"
+    )
+    verb.add_argument("recipe", help="path or name of a chain recipe, or folder of a run that is there")
+    verb.add_argument("--profile", required=True, help="path of a profile, or name of one in slurm/profiles/")
+    verb.add_argument("--run", type=Path, help="folder of the run (default: $RUN, else runs/first, as in slurm/setup.sh)")
+    verb.add_argument(
+        "--after",
+        action="append",
+        default=[],
+        metavar="[STAGE=]JOB",
+        help="a job, or an array such as one that prepares the data, that must end well before the stage (default: the first)",
+    )
+    verb.add_argument("--retry", action="store_true", help="submit a stage that has failed once more")
+    for name in ("partition", "account", "qos", "constraint"):
+        verb.add_argument(f"--{name}", help="in place of the profile's")
+    _sets(verb, "STAGE.KEY=VALUE")
+    _update_code(verb)
+    _dry_run(verb)
+    _json(verb)
+
+    verb = _add(verbs, "cancel", _cancel, "end a run's jobs: those that wait at once, those that train after a save")
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("--stage", help="only this stage")
+    verb.add_argument("--now", action="store_true", help="leave ranks no more than Slurm's KillWait to save")
+    _dry_run(verb)
+    _json(verb)
+
     verb = _add(verbs, "status", _status, "where each stage of a run stands")
     verb.add_argument("run", type=Path)
     _json(verb)
+
+    verb = _add(verbs, "cost", _cost, "what runs cost: device-days, energy, CO2e, money, and where the time went")
+    add_arguments(verb)
 
     verb = _add(verbs, "audit", _audit, "prove from the logs which samples each step used, none lost and none repeated")
     verb.add_argument("run", type=Path, help="folder of the run")
@@ -362,7 +401,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> int:
     from pixart_ds.config.load import dump_yaml, find_recipe, load_chain, load_prepare, load_stage, read_layers
-    from pixart_ds.config.schema import ChainConfig, PrepareConfig, StageConfig
+    from pixart_ds.config.schema import PrepareConfig, StageConfig
 
     keys = read_layers(find_recipe(options.recipe))
     config: ChainConfig | PrepareConfig | StageConfig
@@ -441,7 +480,7 @@ def _create(options: argparse.Namespace) -> int:
         if RunLayout(options.run).manifest.exists():
             check_run(RunLayout(options.run), chain)
     else:
-        create_run(options.run, chain, options.chain)
+        _tell_of_budget(create_run(options.run, chain, options.chain), chain)
     if options.json:
         _print_json({"run": str(options.run), "chain": chain.model_dump(mode="json"), "created": not options.dry_run})
     else:
@@ -466,6 +505,43 @@ def _change(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _budget(options: argparse.Namespace) -> int:
+    from pixart_ds.config.budget import change_budget, read_budget
+    from pixart_ds.config.freeze import open_run
+    from pixart_ds.ledger.budget import amounts, rows, spent
+    from pixart_ds.report.text import budget_lines
+    from pixart_ds.report.words import digits
+
+    run = open_run(options.run)
+    changed = change_budget(run, options.sets, dry_run=options.dry_run)
+    limits, found = read_budget(run).limits, spent(run.root)
+    held, used = rows(limits, found.account), amounts(found.account)
+    if options.json:
+        answer = {"run": str(run.root), "limits": limits, "used": used, "budget": held, "changed": changed}
+        _print_json({**answer, "done": bool(changed) and not options.dry_run, "unknown": list(found.unknown)})
+        return EXIT_DONE
+    for line in changed:
+        print(line + (" (would change)" if options.dry_run else ""))
+    for line in budget_lines(held):
+        print(line)
+    if free := {what: value for what, value in used.items() if what not in limits}:
+        print("Without a limit: " + ", ".join(f"{digits(value)} {what}" for what, value in free.items()))
+    for why in found.unknown:
+        print(f"note: {why}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def _tell_of_budget(run: RunLayout, chain: ChainConfig) -> None:
+    """Says that a run keeps its own budget, where the chain has another one."""
+    from pixart_ds.config.budget import read_budget
+
+    if chain.budget is not None and chain.budget != read_budget(run):
+        print(
+            f"note: the run keeps its own budget, not the chain's; see and change it: pixart-ds budget {run.root}",
+            file=sys.stderr,
+        )
+
+
 def _train(options: argparse.Namespace) -> int:
     from pixart_ds.cluster.requests import Requests
 
@@ -484,7 +560,8 @@ def _train_on(options: argparse.Namespace, requests: Requests) -> int:
     from pixart_ds.train.preflight import preflight
 
     if options.chain and not options.dry_run:
-        create_run(options.run, load_chain(options.chain), options.chain)
+        chain = load_chain(options.chain)
+        _tell_of_budget(create_run(options.run, chain, options.chain), chain)
     # of another launcher's ranks the job knows nothing: it may be a person's own session
     run, slurm = open_run(options.run), Slurm.of_this_job() if options.launcher == "srun" else None
     _run_frozen(run, slurm, requests, options)
@@ -568,6 +645,69 @@ def _launch(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _chain(options: argparse.Namespace) -> int:
+    from pixart_ds.cluster.chain import Wishes, after_of, page, run_chain
+    from pixart_ds.cluster.submit import with_options
+    from pixart_ds.config.profile import load_profile
+
+    names = ("partition", "account", "qos", "constraint")
+    given = {name: getattr(options, name) for name in names}
+    profile = with_options(load_profile(options.profile), None, given, "the command line")
+    run = _run_of_chain(options)
+    wishes = Wishes(after_of(run, options.after), options.retry, options.update_code, options.dry_run)
+    found = run_chain(run, profile, wishes)
+    if options.json:
+        _print_json({"run": str(run.root), "stages": [done.to_json() for done in found]})
+    else:
+        again = f"pixart-ds chain {run.root} --profile {options.profile}"
+        print("\n".join(page(found, run, again, dry_run=options.dry_run)))
+    return max((done.exit_code for done in found), default=EXIT_DONE)
+
+
+def _run_of_chain(options: argparse.Namespace) -> RunLayout:
+    """The run that is there, or that is made of the recipe."""
+    from pixart_ds.config.freeze import check_run, create_run, open_run
+    from pixart_ds.config.load import load_chain
+    from pixart_ds.errors import ConfigError
+    from pixart_ds.layout import RunLayout
+
+    folder = Path(options.recipe)
+    if RunLayout(folder).manifest.exists():
+        if options.sets or (options.run is not None and options.run.absolute() != folder.absolute()):
+            raise ConfigError("the run is there already: --run and --set are for one that is made", where=folder)
+        return open_run(folder)
+    chain = load_chain(options.recipe, options.sets)
+    run = RunLayout(options.run or Path(os.environ.get("RUN", "runs/first")))
+    if run.manifest.exists():
+        check_run(run, chain)
+        return run
+    if options.dry_run:
+        raise ConfigError(
+            "there is no run yet", where=run.root, remedy=f"make it: pixart-ds create {run.root} --chain {options.recipe}"
+        )
+    return create_run(run.root, chain, options.recipe)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from pixart_ds import files
+    from pixart_ds.cluster.cancel import cancel
+    from pixart_ds.config.freeze import open_run, read_stage
+
+    run = open_run(options.run)
+    stages = files.read_json(run.manifest)["stages"] if options.stage is None else [read_stage(run, options.stage).name]
+    found = cancel(run, stages, now=options.now, dry_run=options.dry_run)
+    if options.json:
+        _print_json([each.to_json() for each in found])
+        return EXIT_DONE
+    for each in found:
+        print(f"{each.stage}: job {each.job} {'would be' if options.dry_run else 'is'} {each.how}")
+    if not found:
+        print("the run has no jobs in the queue")
+    elif any(each.how == "asked to save" for each in found):
+        print("they end when that is done; `pixart-ds status` shows it")
+    return EXIT_DONE
+
+
 def _default_processes(device: str) -> int:
     if device == "cpu":
         return 2
@@ -583,6 +723,12 @@ def _status(options: argparse.Namespace) -> int:
     rows = run_status(open_run(options.run))
     _print_json(rows) if options.json else print(table(rows))
     return EXIT_DONE
+
+
+def _cost(options: argparse.Namespace) -> int:
+    from pixart_ds.report import command
+
+    return command.run(options)
 
 
 def _audit(options: argparse.Namespace) -> int:

@@ -33,9 +33,24 @@ class RunLayout:
         return self.root / "code"
 
     @property
+    def report(self) -> Path:
+        """The cost report as a page, written anew at the end of each attempt."""
+        return self.root / "report.html"
+
+    @property
+    def budget(self) -> Path:
+        """What the run may use up, and who has changed it when."""
+        return self.root / "budget.json"
+
+    @property
     def bad_nodes(self) -> Path:
         """Nodes of the cluster that jobs of this run leave out for a while, a line each."""
         return self.root / "bad-nodes.jsonl"
+
+    @property
+    def sacct(self) -> Path:
+        """Slurm's rows of the run's jobs as last seen, a line each; its database forgets."""
+        return self.root / "sacct.jsonl"
 
     def stage(self, name: str) -> StageLayout:
         return StageLayout(self.root / name)
@@ -95,6 +110,11 @@ class StageLayout:
     def preview(self, images_seen: int) -> Path:
         """The sheet that was drawn at a clock."""
         return self.previews / f"img-{images_seen:012d}.png"
+
+    @property
+    def sheet(self) -> Path:
+        """Sample grid of what the stage handed over, where one was drawn."""
+        return self.root / "sheet.png"
 
     @property
     def handover(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -22,8 +23,12 @@ class _Closed(BaseModel):
 class DeviceRate(_Closed):
     """One kind of device."""
 
-    watts: float
+    board_watts: float
+    host_watts: float
+    """Its share of the node around it."""
     boundary: str
+    embodied_grams_per_hour: float | None = None
+    """CO2e of making it, spread over its life; None where nobody has published it."""
     price_per_hour: float
     priced: str
     peak_tflops_fp16: float
@@ -185,7 +190,7 @@ class RateTable(_Closed):
     """The whole file."""
 
     devices: dict[str, DeviceRate]
-    default_device: dict[str, str]
+    embodied: Sourced
     a100_days_per_v100_day: Sourced
     pue: Sourced
     default_country: str
@@ -204,22 +209,38 @@ class Assumptions(_Closed):
     """What turns device time into energy, emissions and money; every figure of a report rests on these."""
 
     device: str
-    watts: float
+    board_watts: float
+    """Of a device, where its energy was not measured."""
+    host_watts: float
+    """Of its share of the node around it, which is not measured."""
     boundary: str
     price_per_hour: float
     priced: str
     pue: float
+    pue_source: str
     country: str
     grams_per_kwh: float
-    year: int
+    grid: str
+    """Where the intensity is from."""
+    embodied_grams_per_hour: float | None
+
+    @property
+    def watts(self) -> float:
+        """Of a device and its share of the node."""
+        return self.board_watts + self.host_watts
 
     def energy(self, time: DeviceTime) -> Energy:
-        """Device time × power × PUE."""
+        """Device time × power × PUE, where nothing was measured."""
         return time.at(Power(self.watts)) * self.pue
 
     def emissions(self, energy: Energy) -> Emissions:
         """Location-based emissions of an energy."""
         return CarbonIntensity(self.grams_per_kwh).of(energy)
+
+    def embodied(self, time: DeviceTime) -> Emissions | None:
+        """The part of the devices' making that falls on this time; None where it is not known."""
+        grams = self.embodied_grams_per_hour
+        return None if grams is None else Emissions(time.hours * grams / 1000)
 
     def price(self, time: DeviceTime) -> Money:
         """Device time × price."""
@@ -227,29 +248,40 @@ class Assumptions(_Closed):
 
     def lines(self) -> list[str]:
         """For people."""
+        host = f" + {self.host_watts:g} W of the node around it" if self.host_watts else ""
         return [
-            f"device {self.device}: {self.watts:g} W ({self.boundary}), ${self.price_per_hour:g} an hour ({self.priced})",
-            f"PUE {self.pue:g}; grid {self.country}, {self.grams_per_kwh:g} g CO2e/kWh ({self.year}), location-based",
-            "energy is device time × power × PUE, from start to end of each attempt; embodied emissions are not in it",
+            f"device {self.device}: {self.board_watts:g} W{host} ({self.boundary}), where it was not measured",
+            f"${self.price_per_hour:g} for an hour of it ({self.priced})",
+            f"PUE {self.pue:g} ({self.pue_source})",
+            f"grid {self.country}: {self.grams_per_kwh:g} g CO2e/kWh ({self.grid}), location-based",
         ]
 
 
 def assume(
-    kind: str,
+    device: str,
     *,
-    device: str | None = None,
     country: str | None = None,
     pue: float | None = None,
     price_per_hour: float | None = None,
     watts: float | None = None,
+    host_watts: float | None = None,
+    grams_per_kwh: float | None = None,
 ) -> Assumptions:
-    """Assumptions for devices of a kind (cpu or cuda), with a user's own values in place of the table's.
+    """Assumptions for a device, with a user's own values in place of the table's.
+
+    Args:
+        device: A key of the table.
+        country: Whose electricity.
+        pue: Power usage effectiveness of the site.
+        price_per_hour: Dollars for a device-hour.
+        watts: Of the device alone, where it was not measured.
+        host_watts: Of its share of the node around it.
+        grams_per_kwh: CO2e of the site's own electricity; location-based, without certificates bought.
 
     Raises:
         ConfigError: An unknown device or country (the known are listed), or an impossible number.
     """
     table = rate_table()
-    device = device or table.default_device[kind]
     country = country or table.default_country
     if device not in table.devices:
         raise ConfigError(
@@ -263,18 +295,25 @@ def assume(
             where=_FILE,
             remedy=f"choose one of: {', '.join(table.carbon)}",
         )
-    for name, value, least in (("pue", pue, 1.0), ("price", price_per_hour, 0.0), ("watts", watts, 0.0)):
-        if value is not None and value < least:
-            raise ConfigError(f"{name} {value:g} is below {least:g}")
+    given = {"price": price_per_hour, "watts": watts, "host_watts": host_watts, "grams_per_kwh": grams_per_kwh}
+    for name, value, least in (("pue", pue, 1.0), *((name, value, 0.0) for name, value in given.items())):
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(
+                f"{name} {value:g} is below {least:g}" if value < least else f"{name} {value:g} is no finite number"
+            )
     about, grid = table.devices[device], table.carbon[country]
+    own_power = watts is not None or host_watts is not None
     return Assumptions(
         device=device,
-        watts=about.watts if watts is None else watts,
-        boundary=about.boundary if watts is None else "as given",
+        board_watts=about.board_watts if watts is None else watts,
+        host_watts=(about.host_watts if watts is None else 0.0) if host_watts is None else host_watts,
+        boundary="as given" if own_power else about.boundary,
         price_per_hour=about.price_per_hour if price_per_hour is None else price_per_hour,
-        priced=about.priced if price_per_hour is None else "as given",
+        priced=f"{about.priced}; {about.source}" if price_per_hour is None else "as given",
         pue=table.pue.value if pue is None else pue,
+        pue_source=table.pue.source if pue is None else "as given",
         country=country,
-        grams_per_kwh=grid.grams_per_kwh,
-        year=grid.year,
+        grams_per_kwh=grid.grams_per_kwh if grams_per_kwh is None else grams_per_kwh,
+        grid=str(grid.year) if grams_per_kwh is None else "as given",
+        embodied_grams_per_hour=about.embodied_grams_per_hour,
     )

@@ -23,7 +23,7 @@ def test_imports_go_down_only() -> None:
         "cli",
         "config.load",
         "config.freeze",
-        "ledger.report",
+        "report.command",
         "cluster.supervise",
         "cluster.task",
         "engine.environment",

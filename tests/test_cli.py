@@ -20,6 +20,7 @@ VERBS = (
     "prepare",
     "upload",
     "create",
+    "budget",
     "train",
     "status",
     "audit",

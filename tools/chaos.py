@@ -556,6 +556,7 @@ class Chaos:
             **self._figures(),
             **compare(whole, self.stage, self.steps),
             "audit": self._audit(),
+            "time": self._account(),
         }
 
     def _create(self, run: Path, data: str) -> StageLayout:
@@ -815,6 +816,19 @@ class Chaos:
             "refused_steps": stage["skipped_steps"],
         }
 
+    def _account(self) -> dict[str, float]:
+        """Where the ranks' time went, in parts of it, by the ledger: it must have lost none of what was killed."""
+        values = json.loads(pixart("cost", self.run_folder, "--no-sacct", "--format", "json").stdout)
+        (run,), whole = values["runs"], values["account"]["device_seconds"]
+        parts: dict[str, float] = values["account"]["parts"]
+        if run["problems"] and not all("is cut off" in problem for problem in run["problems"]):
+            raise Violation(f"the ledger cannot be read: {run['problems']}")
+        if abs(sum(parts.values()) - whole) > 0.1 or min(parts.values()) < 0:
+            raise Violation(f"the ledger's parts {parts} are not its {whole} device-seconds")
+        if values["account"]["images_gained"] != self.steps * BATCH:
+            raise Violation(f"the ledger counts {values['account']['images_gained']} images, not {self.steps * BATCH}")
+        return {name: round(seconds / whole, 4) for name, seconds in parts.items()}
+
     def _end_all(self) -> None:
         """Whatever still runs, if we leave early."""
         if self.attempt is not None and self.attempt.process.poll() is None:
@@ -981,6 +995,7 @@ def page(answer: dict[str, Any]) -> str:
         f"  checkpoints       {a['checkpoints_damaged']} damaged, {a['checkpoints_passed_over']} times one was passed over",
         f"  audit             {audit['proven_steps']} steps proven, {audit['rework_steps']} trained again, "
         f"{audit['refused_steps']} refused for samples {a['samples_not_finite']}; all as in the reference",
+        f"  time              {', '.join(f'{name} {part:.1%}' for name, part in a['time'].items())}",
         f"  losses            differ by {a['loss_difference_first_steps']:.0e} in the first {a['first_steps']} steps; {spans}",
     ]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ uv pip compile tools/lock.in --override tools/lock.overrides --universal --pytho
 # What the overrides turn off, and what Linux never takes, leaves the lists; markers that are always true on Linux do too.
 grep -vE "== '(never|emscripten|win32)'$" "$new/resolved.txt" |
   sed -E "s/ ; sys_platform (==|!=) '(linux|emscripten)'\$//" >"$new/kept.txt"
-cuda='^(torch==|triton|nvidia-|cuda-)'
-{ sed -n '/^#/p' requirements.txt && grep -vE "$cuda" "$new/kept.txt"; } >"$new/requirements.txt"
-{ sed -n '/^#/p' requirements-cuda.txt && grep -E "$cuda" "$new/kept.txt"; } >"$new/requirements-cuda.txt"
+cuda='^(torch==|triton|nvidia-(?!ml-py)|cuda-)' # nvidia-ml-py is pure Python, and wanted beside any build of torch
+{ sed -n '/^#/p' requirements.txt && grep -vP "$cuda" "$new/kept.txt"; } >"$new/requirements.txt"
+{ sed -n '/^#/p' requirements-cuda.txt && grep -P "$cuda" "$new/kept.txt"; } >"$new/requirements-cuda.txt"
 mv "$new/requirements.txt" "$new/requirements-cuda.txt" .

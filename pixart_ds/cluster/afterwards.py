@@ -11,6 +11,8 @@ from typing import Any
 
 from pixart_ds import files
 from pixart_ds.cluster import bad_nodes
+from pixart_ds.cluster.jobs import HOLD
+from pixart_ds.cluster.queue import release_behind
 from pixart_ds.cluster.requeue import cause_of, decide
 from pixart_ds.cluster.slurm import Slurm, call, own_jobs
 from pixart_ds.errors import EXIT_DONE, EXIT_STOPPED, MachineError
@@ -55,6 +57,8 @@ def follow(job: Job, outcome: dict[str, Any], requests: Sequence[str], limit: in
     decision = decide(outcome, cause, requests=requests, fruitless=fruitless, limit=limit, bad_nodes=bool(found))
     if not decision.again:
         job.log.event(f"job {job.slurm.job}: {decision.why}")
+        if outcome["outcome"] == "done" and job.successor:
+            release_behind(job.run, job.stage, job.log)
         if job.successor and cause != "requeued by Slurm":
             _withdraw_successors(job.slurm, job.log)
         return int(outcome["exit_code"])
@@ -114,6 +118,7 @@ def submit_successor(slurm: Slurm, log: Log) -> None:
         if written.returncode:
             log.event(f"no job waits behind this one: scontrol write batch_script: {written.stderr.strip()}")
             return
+        script.write_text(script.read_text().replace(f"{HOLD}\n", ""))  # it is released already, by the stage before
         number, refusal = slurm.submit(script, f"--job-name={name}", "--dependency=singleton")
     log.event(f"job {number} waits behind this one" if number else f"no job waits behind this one: sbatch: {refusal}")
 

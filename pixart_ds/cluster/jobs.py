@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,20 @@ from pathlib import Path
 
 from pixart_ds.config.profile import Profile
 from pixart_ds.config.schema import StageConfig
+from pixart_ds.train.attempt import SITE_VARIABLE
 
 _EXAMPLES = {"partition": "gpu", "account": "project", "constraint": "v100-32g"}
 """What a person who edits a checked-in file is shown where the profile says nothing."""
+
+
+HOLD = "#SBATCH --hold"
+
+
+def job_name(run: Path, stage: str) -> str:
+    """The name of a stage's jobs; runs of one name in different folders have different ones."""
+    which = hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:6]
+    name = re.sub(r"[^\w.-]", "_", run.absolute().name)
+    return f"pixart-{name}-{stage}-{which}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class JobSpec:
         place: Of one run; None for the checked-in files, which find everything where they are submitted.
         sets: Overrides of `execution` that the stage is trained with, KEY=VALUE.
         exclude: Nodes that it shall not get.
+        after: Jobs that must end well before it begins.
+        held: Why it waits until it is released; None if it does not.
     """
 
     stage: StageConfig
@@ -50,17 +64,13 @@ class JobSpec:
     place: Place | None = None
     sets: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    after: Sequence[str] = ()
+    held: str | None = None
 
     @property
     def name(self) -> str:
         """Of the job; where jobs wait behind each other, those of one name do."""
-        if self.place is None:
-            return f"pixart-{self.stage.name}"
-        run = re.sub(r"[^\w.-]", "_", self.place.run.name)
-        which = hashlib.sha256(str(self.place.run).encode()).hexdigest()[
-            :6
-        ]  # runs in other folders may have the same name
-        return f"pixart-{run}-{self.stage.name}-{which}"
+        return f"pixart-{self.stage.name}" if self.place is None else job_name(self.place.run, self.stage.name)
 
     @property
     def nodes(self) -> str:
@@ -114,8 +124,20 @@ class JobSpec:
         yield "#SBATCH --no-kill"
         if not profile.requeue:
             yield "# Requeueing is forbidden here: a second job of this name waits behind the one that runs."
-            yield "#SBATCH --dependency=singleton"
+        yield from self._dependencies()
         yield "# No task counts here: they would freeze the number of nodes at the first start. The supervisor gives them to srun."
+
+    def _dependencies(self) -> Iterator[str]:
+        """What it waits for."""
+        waits = ([] if self.profile.requeue else ["singleton"]) + (
+            [":".join(["afterok", *self.after])] if self.after else []
+        )
+        if waits:
+            yield f"#SBATCH --dependency={','.join(waits)}"
+        if self.held is not None:
+            yield "# Released when the stage before it is done."
+            yield HOLD
+            yield _option("comment", self.held)
 
     def _body(self) -> Iterator[str]:
         place = self.place
@@ -126,6 +148,8 @@ class JobSpec:
         else:
             yield f"export RUN={shlex.quote(str(place.run))}"
             yield f"export VENV={shlex.quote(str(place.venv))}"
+            yield "# What turns this site's device time into money, energy and emissions; noted in the ledger."
+            yield f"export {SITE_VARIABLE}={shlex.quote(json.dumps(self.profile.site(), ensure_ascii=False))}"
         yield from self.profile.setup
         for key, value in self.profile.environment.items():
             yield f"export {key}={shlex.quote(str(value))}"

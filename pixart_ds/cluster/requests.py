@@ -12,6 +12,9 @@ from pixart_ds.train.stop import STOP_SIGNALS
 ASKED = "PIXART_DS_ASKED"
 """Variable with the names of signals that came before this process listened, joined by commas."""
 
+BUDGET = "budget"
+"""The name by which the guard of the run's budget asks for a stop."""
+
 
 class Requests:
     """Remembers who asked for a stop, in their order; made as early as can be.

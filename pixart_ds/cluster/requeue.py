@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pixart_ds.cluster.requests import BUDGET
 from pixart_ds.cluster.slurm import JobState
 from pixart_ds.errors import EXIT_BUG, EXIT_MACHINE, EXIT_STOPPED
 
@@ -66,6 +67,7 @@ def decide(
         (cause == "cancelled", "the job was cancelled, and is not requeued"),
         (not _may_go_on(outcome, bad_nodes), "the job is not requeued: it would fail again"),
         (_by_file(outcome), f"{outcome['cause']} asked for the stop: the job is not requeued"),
+        (BUDGET in requests, "the run's budget is used up: the job is not requeued"),  # the next one would be refused
         (
             cause == "no answer" and "SIGTERM" in requests,
             "Slurm is ending the job, and does not say why: it is not requeued",

@@ -14,13 +14,17 @@ from typing import Any
 
 from pixart_ds import files
 from pixart_ds.cluster import bad_nodes, frozen
+from pixart_ds.cluster.cancel import withdraw_stop
 from pixart_ds.cluster.jobs import JobSpec, Place
 from pixart_ds.cluster.slurm import Partition, call, own_jobs, partitions
+from pixart_ds.config.budget import read_budget
 from pixart_ds.config.load import validate
 from pixart_ds.config.profile import Profile, node_range, seconds_of
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.errors import ConfigError, DataError, MachineError
 from pixart_ds.layout import RunLayout
+from pixart_ds.ledger.book import furthest
+from pixart_ds.ledger.budget import figure, refuse_used_up, rows, spent
 from pixart_ds.plan.estimate import Machines, estimate_stage
 
 
@@ -54,7 +58,7 @@ class Submission:
         }
 
 
-def with_options(profile: Profile, stage: str, given: Mapping[str, str | None], where: str) -> Profile:
+def with_options(profile: Profile, stage: str | None, given: Mapping[str, str | None], where: str) -> Profile:
     """A profile with what the command line says in its place: partition, account, qos, constraint, nodes, time.
 
     Raises:
@@ -64,7 +68,8 @@ def with_options(profile: Profile, stage: str, given: Mapping[str, str | None], 
     values = profile.model_dump(exclude_unset=True)
     own = {key: given.pop(key) for key in ("nodes", "time") if key in given}
     stages = {**values.get("stages", {})}
-    stages[stage] = {**stages.get(stage, {}), **own}
+    if stage is not None:
+        stages[stage] = {**stages.get(stage, {}), **own}
     return validate(Profile, {**values, **given, "stages": stages}, where)
 
 
@@ -74,6 +79,8 @@ def launch(
     profile: Profile,
     sets: Sequence[str] = (),
     *,
+    after: Sequence[str] = (),
+    held: str | None = None,
     dry_run: bool = False,
     update_code: bool = False,
 ) -> Submission:
@@ -83,23 +90,27 @@ def launch(
         run, stage: What to train.
         profile: The site.
         sets: Overrides of `execution`.
+        after: Jobs that must end well before it begins.
+        held: Why it waits until it is released.
         dry_run: Only check, and say what would be submitted; the script is the same to the letter.
         update_code: Freeze the code anew.
 
     Raises:
-        ConfigError: All that does not fit the site; nothing was submitted.
+        ConfigError: All that does not fit the site, or the run's budget is used up; nothing was submitted.
         MachineError: Slurm is not here, or refuses.
     """
-    notes = check(run, stage, profile, partitions())
+    refuse_used_up(run)
+    notes = [*check(run, stage, profile, partitions()), *budget_notes(run, stage, profile)]
     code = frozen.freeze(run, "launch", update=update_code, dry_run=True)
     folder = run.stage(stage.name).submissions.absolute()
     place = Place(run.root.absolute(), code.folder, Path(sys.prefix), folder / "%j.out")
-    spec = JobSpec(stage, profile, place, tuple(sets), tuple(bad_nodes.excluded(run)))
+    spec = JobSpec(stage, profile, place, tuple(sets), tuple(bad_nodes.excluded(run)), tuple(after), held)
     _refuse_second(spec)
     text = spec.render()
     if dry_run:
         return Submission(spec, text, (), code, tuple(notes))
     folder.mkdir(parents=True, exist_ok=True)
+    withdraw_stop(run.stage(stage.name))
     _test_only(text, folder)
     code = frozen.freeze(run, "launch", update=update_code)  # once nothing can be refused any more
     # where a job cannot go back into the queue, a second one waits behind it: of one name Slurm runs one at a time
@@ -175,6 +186,45 @@ def _against_site(stage: StageConfig, profile: Profile, has: Sequence[Partition]
     return problems
 
 
+def budget_notes(run: RunLayout, stage: StageConfig, profile: Profile) -> list[str]:
+    """For each limit that what is spent and what the rest of the stage is estimated to take would exceed together."""
+    limits = read_budget(run).limits
+    estimated = _estimated(stage, profile) if limits else None
+    if estimated is None or not estimated["fits"]:
+        return []
+    left = max(0.0, 1 - furthest(run.stage(stage.name)) / stage.total_images)
+    notes = []
+    for row in rows(limits, spent(run.root).account):
+        more = left * estimated["dollars" if row["what"] == "usd" else row["what"]]
+        if row["used"] is not None and row["used"] + more > row["limit"]:
+            notes.append(
+                f"{figure(row['used'])} {row['what']} are used, and the rest of {stage.name} is estimated at {figure(more)} on the "
+                f"fewest nodes: more than the budget of {figure(row['limit'])}, so the job would stop on the way; raise it: "
+                f"pixart-ds budget {run.root}"
+            )
+    return notes
+
+
+def _estimated(stage: StageConfig, profile: Profile) -> dict[str, Any] | None:
+    """The stage's estimate on the fewest nodes; None where the profile names no GPU, or the recipe cannot run on it."""
+    if profile.gpu is None or profile.device == "cpu":
+        return None
+    nodes, _ = node_range(profile.nodes_of(stage.name, stage.paper_gpus))
+    cost = profile.cost
+    machines = Machines(
+        profile.gpu,
+        nodes,
+        profile.gpus_per_node,
+        country=cost.country,
+        pue=cost.pue,
+        price_per_hour=cost.price_per_hour,
+    )
+    try:
+        return estimate_stage(stage, machines)
+    except ConfigError:  # such as bf16 on a V100: `estimate` and the first start say it better
+        return None
+
+
 def checkpoint_interval_s(run: RunLayout, stage: StageConfig, profile: Profile) -> float | None:
     """Seconds between two recovery checkpoints on the fewest nodes: as measured in the run, else as estimated; None if unknown."""
     if (
@@ -185,12 +235,7 @@ def checkpoint_interval_s(run: RunLayout, stage: StageConfig, profile: Profile) 
     images = stage.checkpoint.every.in_images(stage.global_batch_size)
     if (rate := _measured(run, stage)) is not None:
         return images / rate
-    if profile.gpu is None or profile.device == "cpu":
-        return None
-    nodes, _ = node_range(profile.nodes_of(stage.name, stage.paper_gpus))
-    try:
-        found = estimate_stage(stage, Machines(gpu=profile.gpu, nodes=nodes, gpus_per_node=profile.gpus_per_node))
-    except ConfigError:  # such as bf16 on a V100: `estimate` and the first start say it better
+    if (found := _estimated(stage, profile)) is None:
         return None
     rate = found["images_per_second_per_gpu"]
     return None if rate is None else float(images / (rate * found["gpus"]))

@@ -15,6 +15,7 @@ from typing import TextIO, cast
 from pixart_ds import files
 from pixart_ds.cluster import afterwards
 from pixart_ds.cluster.allocation import Allocation
+from pixart_ds.cluster.budget import BudgetGuard
 from pixart_ds.cluster.launchers import Launcher, LaunchRequest, Ranks
 from pixart_ds.cluster.relaunch import Ending, Launch, delay_before_next
 from pixart_ds.cluster.requests import Requests
@@ -22,9 +23,10 @@ from pixart_ds.cluster.slurm import Slurm
 from pixart_ds.cluster.watch import Hang, PulseWatch
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.engine import line
-from pixart_ds.errors import EXIT_BUG
+from pixart_ds.errors import EXIT_BUG, PixArtError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
+from pixart_ds.report.command import write_page
 from pixart_ds.train.attempt import AttemptRecord, RankFailure, images_committed
 from pixart_ds.train.pulse import read_pulses
 
@@ -43,6 +45,7 @@ class Timing:
         backoff_s: Before the next launch after a crash; four times as long after each further one without progress.
         retries: Crashes in a row without a new checkpoint that are followed by another launch.
         fruitless_attempts: Attempts in a row without a new checkpoint after which a job does not requeue itself.
+        budget_s: Most seconds between two looks at what the run has used up of its budget.
     """
 
     hurry_grace_s: float = 30.0
@@ -52,6 +55,7 @@ class Timing:
     backoff_s: float = 1.0
     retries: int = 3
     fruitless_attempts: int = 5
+    budget_s: float = 60.0
 
 
 def supervise(
@@ -86,7 +90,7 @@ def supervise(
         or checkpoint; 70 anything else.
 
     Raises:
-        ConfigError: A stop file lies there.
+        ConfigError: A stop file lies there, or the run's budget is used up.
         MachineError: The stage runs already, or the disk refuses.
     """
     log, timing, requests = Log(stage, output), timing or Timing(), requests or Requests()
@@ -101,11 +105,16 @@ def supervise(
             if slurm is not None and successor:
                 afterwards.submit_successor(slurm, log)
             request = LaunchRequest(run, stage, record.attempt, 1, device)
-            attempt = _Attempt(launcher, request, record, requests, timing, deadlines or DeadlinesConfig(), log, output)
+            budget = BudgetGuard(RunLayout(run), record, requests, log, timing.budget_s)
+            attempt = _Attempt(
+                launcher, request, record, requests, timing, deadlines or DeadlinesConfig(), budget, log, output
+            )
             failure = attempt.run(allocation)
-            outcome = record.end(requests.first, failure)
+            outcome = record.end(budget.asked(), failure)
             if slurm is None:
                 return int(outcome["exit_code"])
+            if outcome["outcome"] != "done":
+                budget.look(at_once=True)  # a job that would only be refused is not put back
             job = afterwards.Job(slurm, RunLayout(run), stage, record.attempt.number, successor, log)
             return afterwards.follow(job, outcome, requests.names, timing.fruitless_attempts)
         except OSError as cause:
@@ -115,6 +124,16 @@ def supervise(
         finally:
             if allocation is not None:
                 allocation.end()
+            _report(run, log)  # last: a job that was put back may be killed meanwhile
+
+
+def _report(run: Path, log: Log) -> None:
+    """Writes the run's report.html anew. Whatever is wrong with it is told, and changes nothing of what the attempt did."""
+    try:
+        write_page(run)
+    except Exception as error:
+        what = error.what if isinstance(error, PixArtError) else f"{type(error).__name__}: {error}"
+        log.event(f"report.html is not written anew: {what}")
 
 
 @dataclass
@@ -127,6 +146,7 @@ class _Attempt:
     requests: Requests
     timing: Timing
     deadlines: DeadlinesConfig
+    budget: BudgetGuard
     log: Log
     output: TextIO
     crash: _Crash | None = None
@@ -168,7 +188,7 @@ class _Attempt:
         self.record.ranks_started(ranks.world_size, launcher, self.request.launch, where=self.where)
         pulses = PulseWatch(self.request.attempt, self.request.launch, self.deadlines, ranks.world_size)
         started = time.monotonic()
-        watch = _Watch(ranks, self.record, self.requests, self.timing, pulses, self.allocation, self.log)
+        watch = _Watch(ranks, self.record, self.requests, self.timing, pulses, self.budget, self.allocation, self.log)
         hang = watch.until_all_left(lambda first_step: self._tell_recovery(started, first_step))
         self.crash = _Crash(watch.failed_at, time.monotonic()) if watch.failed_at is not None else None
         if hang is not None:
@@ -209,6 +229,7 @@ class _Attempt:
         while not self.requests.names and time.monotonic() < until:
             if self.allocation is not None:
                 self.allocation.look()
+            self.budget.look()
             self.record.keep()
             time.sleep(min(_POLL_SECONDS, max(0.0, until - time.monotonic())))
         return not self.requests.names
@@ -232,11 +253,12 @@ class _Watch:
         requests: Requests,
         timing: Timing,
         pulses: PulseWatch,
+        budget: BudgetGuard,
         allocation: Allocation | None,
         log: Log,
     ) -> None:
         self.ranks, self.record, self.requests, self.timing, self.pulses = ranks, record, requests, timing, pulses
-        self.allocation, self.log = allocation, log
+        self.budget, self.allocation, self.log = budget, allocation, log
         self.lost: list[str] = []
         self._told = 0
         self._kill_at: float | None = None
@@ -251,6 +273,7 @@ class _Watch:
             if self.allocation is not None:
                 self.allocation.look()
                 self._end_what_is_lost(now)
+            self.budget.look()
             self._pass_on(now)
             self._end_what_failed(now)
             for slow in self.pulses.newly_slow():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pixart_ds import __version__, files
 from pixart_ds.config import deepspeed
+from pixart_ds.config.budget import write_first
 from pixart_ds.config.load import (
     apply_overrides,
     differences,
@@ -56,6 +57,7 @@ def create_run(root: Path, chain: ChainConfig, recipe: str) -> RunLayout:
             where = where if "://" in where else str(Path(where).absolute())
             files.write_json(layout.checkpoints_elsewhere, {"path": f"{where}/{own}/{stage.name}"})
     files.write_text(run.chain, dump_yaml(chain))
+    write_first(run, chain.budget)
     files.write_json(  # written last: a folder without it was not finished and is written again
         run.manifest,
         {
@@ -73,7 +75,7 @@ def create_run(root: Path, chain: ChainConfig, recipe: str) -> RunLayout:
 
 
 def _ours(run: RunLayout, chain: ChainConfig, path: Path) -> bool:
-    return path == run.chain or path.name in {stage.name for stage in chain.stages}
+    return path in (run.chain, run.budget) or path.name in {stage.name for stage in chain.stages}
 
 
 def open_run(root: Path) -> RunLayout:
@@ -93,7 +95,7 @@ def open_run(root: Path) -> RunLayout:
 
 
 def check_run(run: RunLayout, chain: ChainConfig) -> None:
-    """Refuses a chain that would train something else than what the run holds; `execution` and `previews` may differ.
+    """Refuses a chain that would train something else than what the run holds; `execution`, `previews` and the budget may differ.
 
     Raises:
         ConfigError: Every stage and key that differs, old and new value.

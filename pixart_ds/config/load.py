@@ -252,7 +252,7 @@ def load_prepare(recipe: str, overrides: Sequence[str] = ()) -> PrepareConfig:
 def load_chain(recipe: str, overrides: Sequence[str] = ()) -> ChainConfig:
     """A chain's recipe: `name` and `stages`, a list of recipe paths relative to it.
 
-    An override `stage2.length.steps=10` goes to that stage; `*.seed=1` goes to all.
+    An override `stage2.length.steps=10` goes to that stage; `*.seed=1` goes to all; `budget.usd=900` to the chain's budget.
     """
     path = find_recipe(recipe)
     values = read_layers(path)
@@ -263,12 +263,15 @@ def load_chain(recipe: str, overrides: Sequence[str] = ()) -> ChainConfig:
     stages = {str(layer.get("name")): layer for layer in layers}
     for text in overrides:
         target, dot, rest = text.partition(".")
+        if target == "budget" and dot and target not in stages:
+            values = apply_overrides({**values, "budget": values.get("budget") or {}}, [text])
+            continue
         wanted = list(stages) if target == "*" else [target]
         if not dot or any(name not in stages for name in wanted):
             raise ConfigError(
                 f"the override {text!r} names no stage of the chain",
                 where=path,
-                remedy=f"begin with one of: {', '.join(stages)}, *",
+                remedy=f"begin with one of: {', '.join(stages)}, *, budget",
             )
         for name in wanted:
             stages[name] = apply_overrides(stages[name], [rest])

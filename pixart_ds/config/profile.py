@@ -68,6 +68,12 @@ class CostConfig(Section):
     """Whose electricity: ISO code of three letters, or WORLD."""
     pue: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     """Power usage effectiveness of the site."""
+    grams_per_kwh: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """CO2e of the site's own electricity, location-based, in place of the country's average."""
+    watts: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Of a GPU, where its energy was not measured."""
+    host_watts: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Of a GPU's share of the node around it, which nothing measures."""
 
 
 class Profile(Section):
@@ -136,6 +142,11 @@ class Profile(Section):
         """A stage's time limit."""
         own = self.stages.get(stage)
         return own.time if own is not None and own.time is not None else self.time
+
+    def site(self) -> dict[str, str | float]:
+        """What turns device time here into money, energy and emissions: the job notes it with each attempt."""
+        gpu = {} if self.gpu is None else {"gpu": self.gpu}
+        return {"name": self.description, **gpu, **self.cost.model_dump(exclude_none=True)}
 
 
 def node_range(text: str) -> tuple[int, int]:

@@ -382,11 +382,31 @@ class StageConfig(Section):
         return self.paper or self.model.fp32_attention
 
 
+class BudgetConfig(Section):
+    """What a run may use up, all its stages and attempts together; null or left away: no limit."""
+
+    gpu_days: PositiveFloat | None = None
+    """Device-days as the cost report counts them: GPUs times days held; on a CPU one core for each rank."""
+    kwh: PositiveFloat | None = None
+    """With the node's share and PUE."""
+    kg_co2e: PositiveFloat | None = None
+    """Location-based; without that of making the devices."""
+    usd: PositiveFloat | None = None
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that are set."""
+        return self.model_dump(exclude_none=True)
+
+
 class ChainConfig(Section):
     """Ordered stages; how each starts is in its own `init`."""
 
     name: Name
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]
+    budget: BudgetConfig | None = None
+    """What a new run begins with. From then on RUN/budget.json counts, which `pixart-ds budget` changes, not the copy of this in
+    the run's chain.yaml."""
 
     @model_validator(mode="after")
     def _handovers(self) -> Self:

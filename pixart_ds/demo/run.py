@@ -23,6 +23,7 @@ from pixart_ds.errors import EXIT_STOPPED, MachineError, PixArtError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log, duration
 from pixart_ds.prepare.sources import scan
+from pixart_ds.report.command import render, write_page
 
 if TYPE_CHECKING:
     from pixart_ds.demo.grids import Sheet
@@ -101,8 +102,7 @@ class Demo:
                 sheets.append((name, self._sample(run, stage)))
         with self._part("export to diffusers and sample there"):
             picture = self._export(run, stage)
-        report = self._cost_report()
-        self._summary(sheets, picture, report)
+        self._summary(sheets, picture, self._cost_report(run))
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
@@ -212,7 +212,9 @@ class Demo:
         from pixart_ds.demo.grids import draw_sheet
 
         scenes = held_out_scenes(self.about.prompts, PROMPT_SEED) if self.images is None else None
-        return draw_sheet(run, stage.name, self.data, self.grids, scenes, self.device)
+        sheet = draw_sheet(run, stage.name, self.data, self.grids, scenes, self.device)
+        files.write_durable(run.stage(stage.name).sheet, [sheet.path.read_bytes()])
+        return sheet
 
     def _export(self, run: RunLayout, stage: StageConfig) -> Path:
         """Exports the last stage, and makes a picture from the folder through diffusers alone."""
@@ -235,17 +237,12 @@ class Demo:
         draw_from_export(folder, stage, self._prompts()[0], side, picture)
         return picture
 
-    def _cost_report(self) -> str:
-        script = Path(__file__).resolve().parents[2] / "tools" / "cost_report.py"
-        command = (
-            [str(script)] if script.exists() else ["-m", "pixart_ds.ledger.report"]
-        )  # installed, there are no tools
-        command = [sys.executable, *command, str(self.run_layout.root)]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            raise PixArtError(f"the cost report failed:\n{answer.stderr}", where=script)
-        files.write_text(self.out / "cost_report.txt", answer.stdout)
-        return answer.stdout
+    def _cost_report(self, run: RunLayout) -> str:
+        """Writes the page with the stages' sheets, and the text, which is returned."""
+        write_page(run.root)
+        text = render([run.root], "text", {})
+        files.write_text(self.out / "cost_report.txt", text + "\n")
+        return text
 
     def _summary(self, sheets: Sequence[tuple[str, Sheet]], picture: Path, report: str) -> None:
         lines = ["", report.rstrip(), ""]
@@ -271,7 +268,7 @@ class Demo:
             f"  pictures of each stage   {self.grids}",
             f"  run, checkpoints, logs   {self.run_layout.root}",
             f"  diffusers pipeline       {self.out / 'pipeline'}  (its picture: {picture})",
-            f"  cost report              {self.out / 'cost_report.txt'}",
+            f"  cost report              {self.run_layout.report}  (as text: {self.out / 'cost_report.txt'})",
             "",
             "Next:",
             f'  pixart-ds sample {source} --prompt "{self._prompts()[0]}" --out picture.png',

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pixart_ds.config.load import find_recipe, load_chain, load_stage, read_layers
-from pixart_ds.config.schema import ChainConfig, StageConfig
+from pixart_ds.config.schema import BudgetConfig, ChainConfig, StageConfig
 from pixart_ds.errors import MachineError
 from pixart_ds.plan import counts
 from pixart_ds.plan.counts import BYTES, Net
@@ -50,8 +50,7 @@ class Machines:
     def assumptions(self, cluster: Cluster) -> Assumptions:
         """Power, price and grid."""
         return assume(
-            "cuda",
-            device=cluster.gpu.device,
+            cluster.gpu.device,
             country=self.country,
             pue=self.pue,
             price_per_hour=self.price_per_hour,
@@ -185,13 +184,30 @@ def _chain(chain: ChainConfig, machines: Machines) -> dict[str, Any]:
     def total(key: str) -> float | None:
         return sum(each[key] for each in stages) if all(each["fits"] for each in stages) else None
 
+    totals = {key: total(key) for key in _TOTALS}
     return {
         "chain": chain.name,
         "gpu": machines.name,
         "stages": stages,
-        **{f"total_{key}": total(key) for key in _TOTALS},
+        **{f"total_{key}": value for key, value in totals.items()},
         "paper_gpu_days": sum(papers) if papers else None,
+        "budget": held_against_budget(chain.budget, totals),
     }
+
+
+def held_against_budget(budget: BudgetConfig | None, totals: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """A row for each limit of a chain's budget: what, limit, estimate, the part of the limit that it is, and whether it fits.
+
+    Where a stage does not fit the GPUs, all but what and limit are null.
+    """
+    rows: list[dict[str, Any]] = []
+    for what, limit in ({} if budget is None else budget.limits).items():
+        value = totals["dollars" if what == "usd" else what]
+        part = None if value is None else value / limit
+        rows.append(
+            {"what": what, "limit": limit, "estimate": value, "part": part, "fits": None if part is None else part <= 1}
+        )
+    return rows
 
 
 # ---- a range of sizes --------------------------------------------------------------------------------------------------
@@ -298,6 +314,7 @@ def _chain_row(made: dict[str, Any]) -> dict[str, Any]:
         "fits": not too_large,
         "too_large": too_large,
         **{key: made[f"total_{key}"] for key in _TOTALS},
+        "budget": made["budget"],
     }
 
 
@@ -324,7 +341,6 @@ def assumption_lines(table: RateTable, name: str, cluster: Cluster, money: Assum
     """Every assumption, for people."""
     rates, gpu = table.estimate, cluster.gpu
     e, published = rates.efficiency, rates.published
-    pue = table.pue.source if money.pue == table.pue.value else "as given"
     return [
         f"{name}: {gpu.memory_gib:g} GiB, {cluster.peak_16bit:g} TFLOP/s in 16 bit, {gpu.peak_tflops_fp32:g} in fp32, "
         f"{gpu.gbytes_per_second:g} GB/s ({gpu.dated}; {gpu.source})",
@@ -345,7 +361,6 @@ def assumption_lines(table: RateTable, name: str, cluster: Cluster, money: Assum
         "smaller micro-batches, and that small products are slower, is not reckoned with",
         "ours: ZeRO-2 with one fp32 reduce-scatter and one all-gather a step; reading is not a limit while storage gives "
         "the rate above",
-        *money.lines()[:2],
-        f"price and power: {table.devices[money.device].source}; PUE: {pue}",
+        *money.lines(),
         "carbon: Ember / Our World in Data (world: IEA 2019); embodied emissions are not in it",
     ]

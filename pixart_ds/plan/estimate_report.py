@@ -174,10 +174,24 @@ def _chain(values: dict[str, Any]) -> list[str]:
     lines += [
         "  " + "-" * 110,
         last,
+        *_budget(values["budget"]),
         "",
         "  ckpt.: blocks whose activations are recomputed; micro: pictures that a GPU runs at once;",
     ]
     return [*lines, "  paper: V100-days of Table 4"]
+
+
+def _budget(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each limit of the chain's budget."""
+    lines = []
+    for row in rows:
+        said = "no estimate, as a stage does not fit the GPUs"
+        if row["fits"] is not None:
+            said = (
+                f"{_digits(row['estimate'])} estimated, {row['part']:,.1%}: {'fits' if row['fits'] else 'DOES NOT FIT'}"
+            )
+        lines.append(f"  budget of {_digits(row['limit'])} {row['what']}: {said}")
+    return ["", *lines] if lines else []
 
 
 def _money(values: dict[str, Any]) -> str:
@@ -188,7 +202,8 @@ def _sizes(values: dict[str, Any]) -> list[str]:
     """What is the same for every number of nodes, a line for each, and what the columns mean."""
     rows, of_chain = values["sizes"], "chain" in values
     titles = _WAY_TITLES if not of_chain else []
-    lines = _aligned([["nodes", "GPUs", *titles, *_COST_TITLES], *(_size_cells(row, of_chain) for row in rows)])
+    last = ["budget"] if any(row.get("budget") for row in rows) else []
+    lines = _aligned([["nodes", "GPUs", *titles, *_COST_TITLES, *last], *(_size_cells(row, of_chain) for row in rows)])
     for place, row in enumerate(rows, 1):
         if not row["fits"]:
             lines[place] += f"   does not fit: {_lack(row, of_chain)}"
@@ -235,7 +250,14 @@ def _size_cells(row: dict[str, Any], of_chain: bool) -> list[str]:
         _digits(row["gpu_days"]),
         "cheapest" if over == 0 else f"{over:+.1%}",
         *(_digits(row[key]) for key in ("kwh", "kg_co2e", "dollars")),
+        *_over_budget(row.get("budget", [])),
     ]
+
+
+def _over_budget(rows: list[dict[str, Any]]) -> list[str]:
+    """One cell: the limits that a size exceeds, if the chain has a budget."""
+    over = ", ".join(row["what"] for row in rows if not row["fits"])
+    return [f"over: {over}" if over else "fits"] if rows else []
 
 
 def _lack(row: dict[str, Any], of_chain: bool) -> str:

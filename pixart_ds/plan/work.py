@@ -83,10 +83,20 @@ def peak_of(cuda_name: str, memory_bytes: int, precision: str) -> Peak | None:
     table = rate_table()
     if BYTES[precision] == 4:
         return Peak(name, 1e12 * table.estimate.gpus[name].peak_tflops_fp32, precision)
-    device, pcie = table.estimate.gpus[name].device, f"{name.split('-')[0]}-pcie"
-    if "pcie" in cuda_name.lower() and pcie in table.devices:
-        device = pcie
-    return Peak(name, 1e12 * table.devices[device].peak_tflops_fp16, precision)
+    return Peak(name, 1e12 * table.devices[_device_of(name, cuda_name)].peak_tflops_fp16, precision)
+
+
+def device_kind(cuda_name: str, memory_bytes: int) -> str | None:
+    """What the table of devices calls a GPU: its power, price and peak; None for one that it does not have, or a slice of one."""
+    name = known_gpu(cuda_name, memory_bytes)
+    return None if name is None else _device_of(name, cuda_name)
+
+
+def _device_of(name: str, cuda_name: str) -> str:
+    pcie = f"{name.partition('-')[0]}-pcie"
+    if "pcie" in cuda_name.lower() and pcie in rate_table().devices:
+        return pcie
+    return rate_table().estimate.gpus[name].device
 
 
 def rates(work: Work, seconds: float, world_size: int, peak_flops: float | None) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ need not know how a run was started.
 from __future__ import annotations
 
 import datetime
+import getpass
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,18 @@ from pixart_ds.errors import (
     DataError,
     MachineError,
 )
-from pixart_ds.layout import FROZEN_NAME, AttemptLayout, CheckpointName, StageLayout
-from pixart_ds.ledger.book import open_entry, update_entry
+from pixart_ds.layout import FROZEN_NAME, AttemptLayout, CheckpointName, RunLayout, StageLayout
+from pixart_ds.ledger.book import write_entry
+from pixart_ds.ledger.budget import refuse_used_up
 from pixart_ds.ledger.entries import Entry
 from pixart_ds.log import Log
+from pixart_ds.train.pulse import read_pulses
 
 _BEAT_SECONDS = 5.0
-_LEDGER_SECONDS = 60.0
+_LEDGER_SECONDS = 300.0
+"""The signs of life are fresher; a line is what outlives them."""
 _FRESH_SECONDS = 60.0
+SITE_VARIABLE = "PIXART_DS_SITE"
 _ALIVE_BEATS = 3
 """So many beats may a process that is known to live be late."""
 
@@ -61,8 +66,17 @@ class RankFailure:
 class AttemptRecord:
     """The record of an attempt that this process began: `env.json`, `heartbeat`, the ledger's entry and `outcome.json`."""
 
-    def __init__(self, layout: StageLayout, attempt: AttemptLayout, device: str, images_before: int, log: Log) -> None:
+    def __init__(
+        self,
+        layout: StageLayout,
+        attempt: AttemptLayout,
+        device: str,
+        images_before: int,
+        log: Log,
+        site: dict[str, Any] | None = None,
+    ) -> None:
         self.attempt = attempt
+        self._site = site or {}
         self._layout, self._device, self._images_before, self._log = layout, device, images_before, log
         self._began, self._began_here = time.time(), time.monotonic()
         self._next_beat = self._next_line = 0.0
@@ -80,7 +94,7 @@ class AttemptRecord:
         """Takes the stage's next attempt number; None, and a word, if the stage is done.
 
         Raises:
-            ConfigError: A stop file lies there.
+            ConfigError: A stop file lies there, the run's budget is used up, or what the job says of its site cannot be read.
             MachineError: The stage runs already.
         """
         if layout.done.exists():
@@ -90,11 +104,12 @@ class AttemptRecord:
             raise ConfigError(
                 "a stop file asks this stage to stop", where=layout.stop_request, remedy="remove it to go on"
             )
-        images_before = _images_seen(layout)
+        refuse_used_up(RunLayout(layout.root.parent))
+        images_before, site = _images_seen(layout), site_of_this_job()
         try:
             refuse_others(layout, log)
             _, folder = files.make_numbered(layout.attempts)
-            record = cls(layout, AttemptLayout(folder), device, images_before, log)
+            record = cls(layout, AttemptLayout(folder), device, images_before, log, site)
             _beat(record.attempt)
         except OSError as cause:
             raise MachineError(
@@ -119,25 +134,32 @@ class AttemptRecord:
         entry = Entry.start(
             *(self._layout.root.name, self.attempt.number, launch, self._device), *(world_size, started, before)
         )
+        pause_s = round(max(0.0, self._now() - started), 3)
         self._row_before = last_metrics(self.attempt)
-        self._entry = open_entry(self.attempt, entry)
+        self._entry = replace(entry, pause_s=pause_s, job=os.environ.get("SLURM_JOB_ID"), user=_user(), site=self._site)
+        write_entry(self.attempt, self._entry)
         self._next_line = time.monotonic() + _LEDGER_SECONDS
 
-    def _counted(self, entry: Entry, now: float) -> Entry:
+    def _counted(self, entry: Entry, now: float, *, ended: bool = False) -> Entry:
         """The entry up to now. A launch that was sent back counts from where it started: its file says so before its first step."""
         row = last_metrics(self.attempt)
         start = _start_clock(self.attempt, entry.launch)
         if start is not None:
             entry = entry.from_clock(start)
             row = {} if row == self._row_before else row  # of the launch before
-        return entry.still_running(now, row)
+        return entry.still_running(now, row).divided(read_pulses(self.attempt, entry.launch), ended=ended)
+
+    def entry_now(self) -> Entry | None:
+        """The newest launch's entry as it would be written now; None before the first one."""
+        return None if self._entry is None else self._counted(self._entry, self._now())
 
     def ranks_left(self, launch: int, ending: str, failure: RankFailure | None, stepped: bool) -> None:
         """Closes a launch's entry, and remembers for `outcome.json` how it ended, and whether a step had been made."""
         assert self._entry is not None
-        self._entry = self._counted(self._entry, self._now()).ended_as(ending)
+        cause = None if failure is None else failure.what.splitlines()[0].rstrip(":")
+        self._entry = self._counted(self._entry, self._now(), ended=True).ended_as(ending, cause)
         with self._disk("the ledger"):
-            update_entry(self.attempt, self._entry)
+            write_entry(self.attempt, self._entry)
         told: dict[str, Any] = {"launch": launch, "world_size": self._world_size, "ending": ending, "cause": None}
         if failure is not None:
             told |= {"cause": failure.what, "code": failure.code, "node": failure.node}
@@ -164,7 +186,7 @@ class AttemptRecord:
             self._next_line = now + _LEDGER_SECONDS
             with self._disk("the ledger"):
                 self._entry = self._counted(self._entry, self._now())
-                update_entry(self.attempt, self._entry)
+                write_entry(self.attempt, self._entry)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -196,8 +218,8 @@ class AttemptRecord:
         now = self._now()
         if self._entry is not None:
             with self._disk("the ledger"):  # the devices were held until now, also after the last launch had ended
-                entry = self._counted(self._entry, now)
-                update_entry(self.attempt, entry.ended_as(outcome["outcome"]) if entry.outcome == "running" else entry)
+                entry = self._counted(self._entry, now, ended=True)
+                write_entry(self.attempt, entry.ended_as(outcome["outcome"], outcome["cause"]))
         outcome |= {"started": _iso(self._began), "ended": _iso(now)}
         outcome |= {"world_size": self._world_size, "device": self._device, "launches": self.launches}
         with self._disk("outcome.json"):
@@ -241,6 +263,31 @@ class AttemptRecord:
         if self.attempt.stopped.exists():
             return "stopped"
         return "rolled back" if failure is None and self.attempt.rolled_back(launch).exists() else "failed"
+
+
+def site_of_this_job() -> dict[str, Any]:
+    """What the job's profile says of price, grid and PUE, as `pixart-ds launch` has written it into the job; empty outside of one.
+
+    Raises:
+        ConfigError: The variable holds something else.
+    """
+    text = os.environ.get(SITE_VARIABLE)
+    if not text:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{SITE_VARIABLE} is no JSON object: {text[:80]!r}", remedy=f"unset {SITE_VARIABLE}")
+    return found
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without this user
+        return None
 
 
 def refuse_others(layout: StageLayout, log: Log | None = None, patience_s: float = _FRESH_SECONDS) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from pixart_ds.engine.agree import Agreement, gather
 from pixart_ds.engine.world import World
 from pixart_ds.log import Log
 from pixart_ds.plan.counts import Net
-from pixart_ds.plan.work import Peak, Work, peak_of, work_of
+from pixart_ds.plan.work import Peak, Work, device_kind, peak_of, work_of
 
 _MEANS = ("loss", "mse", "vlb")
 _QUARTER = NUM_TIMESTEPS // 4
@@ -114,6 +116,23 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0
+
+
+def device_of(world: World) -> dict[str, str | None]:
+    """What this rank computes on: `device_model` as it calls itself, `device_kind` as the table of rates does."""
+    if world.device.type != "cuda":
+        return {"device_model": _processor(), "device_kind": "cpu-core"}
+    about = torch.cuda.get_device_properties(world.device)
+    return {"device_model": about.name, "device_kind": device_kind(about.name, about.total_memory)}
+
+
+def _processor() -> str:
+    """The name of this machine's processor, where the kernel tells it."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def peak_flops(stage: StageConfig, world: World, log: Log) -> float | None:

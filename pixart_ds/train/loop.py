@@ -53,7 +53,9 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> None:
                 state.advance(batch, result.applied)
                 agreed = agree(world, step.votes(said))
                 row = {**row_of(agreed), **result.figures(), **training.figures}
-                meter.record(state, row, work_in(agreed), digest=agreed.digest)
+                work = work_in(agreed)
+                meter.record(state, row, work, digest=agreed.digest)
+                training.account(row, work, result)
                 verdict = training.judge(images_seen, step.evidence, agreed, result)
                 if verdict is not None:
                     training.roll_back(verdict)

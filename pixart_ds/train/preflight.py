@@ -14,12 +14,14 @@ from pixart_ds.plan.fit import GIVE_NUMBERS
 from pixart_ds.train.sets import open_sets, order_of
 
 
-def preflight(run: RunLayout, stage: StageConfig, device: str) -> None:
+def preflight(run: RunLayout, stage: StageConfig, device: str, *, origin: bool = True, data: bool = True) -> None:
     """Checks a stage's data and origin without torch and without a process.
 
     Args:
         run, stage: The stage as the attempt is to run it.
         device: What the ranks will compute on: cpu or cuda.
+        origin: Whether the stage before must have handed over by now.
+        data: Whether the sets must be there by now.
 
     Raises:
         DataError, ConfigError: The sets are missing, damaged, or do not fit the recipe; or numbers are left to choose on a CPU.
@@ -27,8 +29,10 @@ def preflight(run: RunLayout, stage: StageConfig, device: str) -> None:
     """
     refuse_auto_without_gpu(stage, device)
     _check_deepspeed(run, stage)
-    check_origin(run, stage)
-    order_of(stage, open_sets(stage))
+    if origin:
+        check_origin(run, stage)
+    if data:
+        order_of(stage, open_sets(stage))
 
 
 def refuse_auto_without_gpu(stage: StageConfig, device: str) -> None:

@@ -1,4 +1,4 @@
-"""A rank's signs of life: where it is, and for how long, in a small file that a thread rewrites. No torch."""
+"""A rank's signs of life: where it is, for how long, and where its time went, in a small file that a thread rewrites. No torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any
 
 from pixart_ds import files
 from pixart_ds.layout import AttemptLayout
-
-Phase = Literal["start", "data", "compute", "together", "save", "preview"]
-"""What a rank is at: `together` is waiting for the other ranks, in a collective."""
+from pixart_ds.train.times import Phase, Times
 
 _OWN = ("data", "compute")
+_LAST_WORD_S = 5.0
 _DEADLINE: dict[str, str] = {"save": "save", "preview": "preview"}
 
 
@@ -35,7 +34,9 @@ class Pulse:
         host = (
             os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         )  # as the scheduler calls it, where there is one
-        self._about = {"rank": rank, "launch": launch, "host": host, "pid": os.getpid()}
+        self._about: dict[str, Any] = {"rank": rank, "launch": launch, "host": host, "pid": os.getpid()}
+        self._about["began"] = round(time.time(), 3)
+        self._energy: Callable[[], Mapping[str, Any]] | None = None
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._beats = 0
@@ -43,6 +44,7 @@ class Pulse:
         self._since = time.monotonic()
         self._images_seen: int | None = None
         self._stepped = False
+        self._times = Times(time.monotonic)
         self._own_s = 0.0
         self._mean_own_s: float | None = None
         self._thread = threading.Thread(target=self._beat_on, name="pulse", daemon=True)
@@ -54,14 +56,21 @@ class Pulse:
         return self
 
     def stop(self) -> None:
-        """Writes once more, and no more."""
+        """Writes once more, and no more; a file system that hangs holds nobody up."""
         self._over.set()
-        self._thread.join()
+        self._thread.join(_LAST_WORD_S)
+
+    def tell(self, energy: Callable[[], Mapping[str, Any]] | None = None, **about: Any) -> None:
+        """Says more of the rank, such as what it computes on; and where one rank of a node reads what the node's devices use."""
+        with self._lock:
+            self._about |= about
+            self._energy = energy or self._energy
 
     def enter(self, phase: Phase) -> None:
         """Says what comes now."""
         now = time.monotonic()
         with self._lock:
+            self._times.enter(phase)
             if self._phase in _OWN:
                 self._own_s += now - self._since
             self._phase, self._since = phase, now
@@ -84,9 +93,15 @@ class Pulse:
                 self._mean_own_s = own if mean is None else 0.9 * mean + 0.1 * own
             self._own_s, self._images_seen, self._stepped = 0.0, images_seen, True
 
+    def step_ended(self, *, data_wait_s: float, moved: bool, flops: float) -> None:
+        """See `Times.step_ended`."""
+        with self._lock:
+            self._times.step_ended(data_wait_s=data_wait_s, moved=moved, flops=flops)
+
     def _state(self) -> dict[str, Any]:
         with self._lock:
             self._beats += 1
+            energy = {} if self._energy is None else {"energy": self._energy()}
             return {
                 **self._about,
                 "beat": self._beats,
@@ -95,6 +110,10 @@ class Pulse:
                 "deadline": _DEADLINE.get(self._phase, "step" if self._stepped else "start"),
                 "images_seen": self._images_seen,
                 "own_s": None if self._mean_own_s is None else round(self._mean_own_s, 4),
+                "parts": self._times.parts(),
+                "flops": self._times.flops,
+                "over": self._over.is_set(),
+                **energy,
             }
 
     def _beat_on(self) -> None:

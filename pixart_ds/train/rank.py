@@ -52,6 +52,8 @@ def _run(options: argparse.Namespace, stop: StopFlag) -> int:
     if options.device == "cpu":  # on busy cores two threads are many times slower than one
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from pixart_ds.engine.world import join_world, leave_world
+    from pixart_ds.meters.energy import EnergyMeter
+    from pixart_ds.train.figures import device_of
 
     run = open_run(options.run)
     stage = override_execution(read_stage(run, options.stage), options.sets)
@@ -61,6 +63,13 @@ def _run(options: argparse.Namespace, stop: StopFlag) -> int:
     attempt = None if options.attempt is None else layout.attempt(options.attempt)
     pulse = None if attempt is None else Pulse(attempt, options.launch, given.rank).start()
     world = join_world(options.device, environment=given)
+    about = device_of(world)
+    # one meter for a node: with one for each rank its energy would count as often
+    meter = (
+        EnergyMeter(world.device.type, world.local_size, kind=about["device_kind"]).start()
+        if world.local_rank == 0
+        else None
+    )
 
     def train(attempt: AttemptLayout) -> None:
         from pixart_ds.train.loop import fit
@@ -69,8 +78,14 @@ def _run(options: argparse.Namespace, stop: StopFlag) -> int:
         first = world.rank == 0
         log = Log(stage.name, sys.stdout if first else None, attempt.log if first else None)
         living = pulse or Pulse(attempt, options.launch, world.rank).start()
-        fit(Job(run, stage, attempt, options.launch, living), world, stop, log)
-        leave_world()
+        living.tell(meter.to_json if meter else None, **about)
+        try:
+            fit(Job(run, stage, attempt, options.launch, living), world, stop, log)
+            leave_world()
+        finally:
+            if meter:
+                meter.stop()
+            living.stop()
 
     if attempt is None:
         return _own_attempt(layout, world, given, stop, train)

@@ -27,8 +27,10 @@ from pixart_ds.engine.shelf import Committed, Shelf
 from pixart_ds.engine.world import World
 from pixart_ds.errors import CheckpointError, ConfigError
 from pixart_ds.layout import AttemptLayout, CheckpointName, RunLayout, StageLayout
+from pixart_ds.ledger.book import furthest
 from pixart_ds.log import Log, si
 from pixart_ds.model import require_backend
+from pixart_ds.plan.work import Work
 from pixart_ds.train.figures import peak_flops
 from pixart_ds.train.forecast import images_ahead
 from pixart_ds.train.guard import Guard, Verdict, is_persistent
@@ -90,6 +92,7 @@ class Training:
         self.guard = Guard(stage.guard, stage.global_batch_size, kept)
         self._recent: deque[tuple[int, Callable[[], Evidence]]] = deque(maxlen=stage.guard.spike_steps)
         self._owed: dict[str, bool] | None = None
+        self._furthest = on_first(world, lambda: furthest(layout))
         for window in windows:
             log.event(f"{window} are left out: training went wrong there")
         first = world.rank - world.local_rank
@@ -180,6 +183,7 @@ class Training:
     def meter(self) -> Meter:
         """What rank 0 records with. A collective."""
         peak, first = peak_flops(self.stage, self.world, self.log), self.world.rank == 0
+        self.job.pulse.tell(peak_flops=peak)
         return Meter(
             self.job.attempt,
             self.stage,
@@ -195,6 +199,11 @@ class Training:
     def figures(self) -> dict[str, float | None]:
         """By name, what belongs into every step's row."""
         return {"checkpoint_stall_s": self.pace.stall_s}
+
+    def account(self, row: dict[str, Any], work: Work, result: StepResult) -> None:
+        """Says what the step that has ended was for the ledger; one that was trained before, or is refused, is rework."""
+        moved = result.applied and self.state.images_seen > self._furthest
+        self.job.pulse.step_ended(data_wait_s=row["data_wait_s"], moved=moved, flops=work.model_flops)
 
     def due(self, images_before: int) -> bool:
         """Whether a checkpoint falls into the step that began at `images_before`."""

@@ -45,6 +45,8 @@ def test_a_handful_of_random_faults_changes_nothing(tmp_path: Path) -> None:
     assert found["loss_difference_first_steps"] <= 1e-5
     assert found["checkpoints_passed_over"] >= found["checkpoints_damaged"]
     assert found["samples_not_finite"] == [0]
+    assert sum(found["time"].values()) == pytest.approx(1, abs=0.001)
+    assert found["time"]["rework"] > 0
     assert not (tmp_path / "out").exists()
 
 

@@ -94,7 +94,7 @@ def test_pictures_pipeline_and_tensorboard_are_there(demo: tuple[Path, str]) -> 
         "Cost of",
         "device-hours",
         "Assumptions:",
-        "1656 V100-days",
+        "1,656 V100-days",
         "What the judge reads",
         "Where everything lies:",
         "Next:",
@@ -108,8 +108,14 @@ def test_pictures_pipeline_and_tensorboard_are_there(demo: tuple[Path, str]) -> 
             check=True,
         ).stdout
     )
-    assert [len(stage["attempts"]) for stage in report["stages"]] == [1, 1, 2, 1, 1]
-    assert report["total"]["kwh"] > 0
+    assert [len(stage["attempts"]) for stage in report["runs"][0]["stages"]] == [1, 1, 2, 1, 1]
+    account = report["account"]
+    assert account["kwh"] > 0
+    assert sum(account["parts"].values()) == pytest.approx(account["device_seconds"])
+    assert account["parts"]["productive"] > 0
+    assert account["images_gained"] == sum(stage["total_images"] for stage in report["runs"][0]["stages"])
+    page = (out / "run" / "report.html").read_text()
+    assert page.count("data:image/") == 5, "a sheet of each stage"
 
 
 def test_running_it_again_does_nothing_twice(demo: tuple[Path, str]) -> None:

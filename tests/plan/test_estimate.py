@@ -235,7 +235,8 @@ def test_a_stage_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["images_per_second_per_gpu"] == pytest.approx(178 / seconds["total"])
     assert values["table4_error"] < 0.2
     rates = values["assumptions"]["rates"]
-    assert values["kwh"] == pytest.approx(values["gpu_days"] * 24 * rates["watts"] / 1000 * rates["pue"])
+    watts = rates["board_watts"] + rates["host_watts"]
+    assert values["kwh"] == pytest.approx(values["gpu_days"] * 24 * watts / 1000 * rates["pue"])
     assert values["dollars"] == pytest.approx(values["gpu_days"] * 24 * rates["price_per_hour"])
     assert values["kg_co2e"] == pytest.approx(values["kwh"] * rates["grams_per_kwh"] / 1000)
     assert {"all", "none", "recipe"} == set(values["options"])
@@ -283,7 +284,7 @@ def test_the_text_fits_a_terminal_and_says_what_it_is(capsys: pytest.CaptureFixt
         assert (
             text.index("held against the paper") < text.index("Projection, never measured") < text.index("Assumptions")
         )
-        for assumed in ("PUE 1.2", "g CO2e/kWh", "92 %", "TFLOP/s", "an hour (2026-05)"):
+        for assumed in ("PUE 1.2", "g CO2e/kWh", "92 %", "TFLOP/s", "an hour of it"):
             assert assumed in text
 
 
@@ -507,3 +508,35 @@ def test_it_answers_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
+
+
+# ---- a chain's budget ------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_says_of_each_limit_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["chain", "--set", "budget.gpu_days=1000", "--set", "budget.usd=10000"]
+    found = answer(capsys, *words)
+    days, dollars = found["budget"]
+    assert (days["what"], days["limit"], days["fits"]) == ("gpu_days", 1000.0, True)
+    assert (days["estimate"], days["part"]) == (found["total_gpu_days"], found["total_gpu_days"] / 1000)
+    assert (dollars["estimate"], dollars["fits"]) == (found["total_dollars"], False)
+    assert main(["estimate", *words]) == 0
+    text = capsys.readouterr().out
+    assert "  budget of 1,000 gpu_days: 854 estimated, 85.4%: fits\n" in text
+    assert "  budget of 10,000 usd: 19,881 estimated, 198.8%: DOES NOT FIT\n" in text
+    assert answer(capsys, "chain")["budget"] == []
+
+
+def test_each_size_says_whether_the_chain_fits_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--set", "budget.gpu_days=900", "--set", "budget.kwh=11000"]
+    assert main(["estimate", "chain", "--nodes", "4-6", *words]) == 0
+    titles, *rows = lines_of_sizes(capsys.readouterr().out)
+    assert titles.endswith("  budget")
+    assert [re.split(" {2,}", row)[-1] for row in rows] == ["fits", "over: kwh", "over: gpu_days, kwh"]
+
+
+def test_where_a_stage_does_not_fit_nothing_is_said_of_the_budget() -> None:
+    wide = ["*.model.hidden_size=1536", "budget.usd=1"]
+    values = estimate("chain", wide, Machines(gpu="v100-16gb", gpus_per_node=1, nodes=1))
+    assert values["budget"] == [{"what": "usd", "limit": 1.0, "estimate": None, "part": None, "fits": None}]
+    assert "budget of 1 usd: no estimate, as a stage does not fit the GPUs" in report(values)

@@ -68,7 +68,7 @@ def test_attempts_follow_each_other_and_the_ledger_counts_both(stage: StageLayou
     trained(second, 96)
     files.write_json(stage.done, {})
     assert second.end("SIGTERM", RankFailure("rank 0 raised at the very end", 70))["outcome"] == "done"
-    one, two = read_book(stage.root.parent)["stage1"]
+    one, two = read_book(stage.root.parent).stages["stage1"]
     assert [(e.attempt, e.outcome, e.device_count, e.images) for e in (one, two)] == [
         (1, "stopped", 2, 64),
         (2, "done", 2, 32),
@@ -231,16 +231,16 @@ def test_the_images_that_a_launch_trained_again_count(stage: StageLayout) -> Non
     trained(record, 160)
     files.write_json(stage.done, {})
     record.end(None, None)
-    entries = read_book(stage.root.parent)["stage1"]
+    entries = read_book(stage.root.parent).stages["stage1"]
     assert [(e.images_from, e.images_to, e.images) for e in entries] == [(0, 128, 128), (64, 64, 0), (64, 160, 96)]
 
 
 def test_the_time_that_is_waited_for_another_launch_counts(stage: StageLayout) -> None:
     record = begin(stage)
     record.ranks_left(1, "failed", None, stepped=False)
-    (left,) = read_book(stage.root.parent)["stage1"]
+    (left,) = read_book(stage.root.parent).stages["stage1"]
     record.end("SIGTERM", RankFailure("rank 0 was killed", 70))
-    (entry,) = read_book(stage.root.parent)["stage1"]
+    (entry,) = read_book(stage.root.parent).stages["stage1"]
     assert entry.outcome == "failed"
     assert entry.until > left.until
 
@@ -291,7 +291,7 @@ def test_it_is_kept_in_a_thread_and_a_full_disk_is_told(stage: StageLayout, monk
     record = begin(stage, output)
     with record.kept():
         trained(record, 32)
-        _until(lambda: read_book(stage.root.parent)["stage1"][0].images_to == 32)
+        _until(lambda: read_book(stage.root.parent).stages["stage1"][0].images_to == 32)
         ledger = record.attempt.ledger
         ledger.rename(ledger.with_name("elsewhere"))
         ledger.mkdir()  # a write fails, also for root
@@ -299,7 +299,7 @@ def test_it_is_kept_in_a_thread_and_a_full_disk_is_told(stage: StageLayout, monk
         ledger.rmdir()
         ledger.with_name("elsewhere").rename(ledger)
         trained(record, 64)
-        _until(lambda: read_book(stage.root.parent)["stage1"][0].images_to == 64)
+        _until(lambda: read_book(stage.root.parent).stages["stage1"][0].images_to == 64)
 
 
 def _until(true: Callable[[], bool]) -> None:
@@ -320,7 +320,7 @@ def test_a_killed_keeper_leaves_an_entry_that_counts(stage: StageLayout) -> None
     _until(lambda: stage.attempt(1).ledger.exists() and len(list(files.read_json_lines(stage.attempt(1).ledger))) > 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (entry,) = read_book(stage.root.parent)["stage1"]
+    (entry,) = read_book(stage.root.parent).stages["stage1"]
     assert (entry.outcome, entry.device_count) == ("running", 3)
     assert entry.until > entry.started
     assert begin(stage).attempt.number == 2

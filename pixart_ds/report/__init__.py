@@ -1,0 +1,1 @@
+"""What a run cost, for people: numbers, curves and pictures in one page."""
