@@ -191,11 +191,16 @@ def _parser() -> argparse.ArgumentParser:
     _json(verb)
 
     verb = _add(
-        verbs, "chain", _chain, "submit all stages, each behind the one before; run it again, and it mends what is broken"
+        verbs,
+        "chain",
+        _chain,
+        "submit all stages, each behind the one before; run it again, and it mends what is broken",
     )
     verb.add_argument("recipe", help="path or name of a chain recipe, or folder of a run that is there")
     verb.add_argument("--profile", required=True, help="path of a profile, or name of one in slurm/profiles/")
-    verb.add_argument("--run", type=Path, help="folder of the run (default: $RUN, else runs/first, as in slurm/setup.sh)")
+    verb.add_argument(
+        "--run", type=Path, help="folder of the run (default: $RUN, else runs/first, as in slurm/setup.sh)"
+    )
     verb.add_argument(
         "--after",
         action="append",
@@ -218,8 +223,16 @@ def _parser() -> argparse.ArgumentParser:
     _dry_run(verb)
     _json(verb)
 
-    verb = _add(verbs, "status", _status, "where each stage of a run stands")
-    verb.add_argument("run", type=Path)
+    verb = _add(verbs, "status", _status, "where a run stands: stages, jobs, time left, cost, warnings, and what to do next")
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument(
+        "--watch",
+        type=_positive,
+        nargs="?",
+        const=10,
+        metavar="SECONDS",
+        help="show it again every so many seconds (default 10) until the run is done; end it with Ctrl-C",
+    )
     _json(verb)
 
     verb = _add(verbs, "cost", _cost, "what runs cost: device-days, energy, CO2e, money, and where the time went")
@@ -646,16 +659,19 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _chain(options: argparse.Namespace) -> int:
+    from functools import partial
+
     from pixart_ds.cluster.chain import Wishes, after_of, page, run_chain
     from pixart_ds.cluster.submit import with_options
     from pixart_ds.config.profile import load_profile
+    from pixart_ds.train.preflight import preflight
 
     names = ("partition", "account", "qos", "constraint")
     given = {name: getattr(options, name) for name in names}
     profile = with_options(load_profile(options.profile), None, given, "the command line")
     run = _run_of_chain(options)
     wishes = Wishes(after_of(run, options.after), options.retry, options.update_code, options.dry_run)
-    found = run_chain(run, profile, wishes)
+    found = run_chain(run, profile, wishes, partial(preflight, run))
     if options.json:
         _print_json({"run": str(run.root), "stages": [done.to_json() for done in found]})
     else:
@@ -683,7 +699,9 @@ def _run_of_chain(options: argparse.Namespace) -> RunLayout:
         return run
     if options.dry_run:
         raise ConfigError(
-            "there is no run yet", where=run.root, remedy=f"make it: pixart-ds create {run.root} --chain {options.recipe}"
+            "there is no run yet",
+            where=run.root,
+            remedy=f"make it: pixart-ds create {run.root} --chain {options.recipe}",
         )
     return create_run(run.root, chain, options.recipe)
 
@@ -717,11 +735,12 @@ def _default_processes(device: str) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from pixart_ds.cluster.status import run_status
+    from pixart_ds.cluster.status_text import show
     from pixart_ds.config.freeze import open_run
-    from pixart_ds.train.status import run_status, table
 
-    rows = run_status(open_run(options.run))
-    _print_json(rows) if options.json else print(table(rows))
+    run = open_run(options.run)
+    show(lambda: run_status(run), every_s=options.watch, as_json=options.json)
     return EXIT_DONE
 
 

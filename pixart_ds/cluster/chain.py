@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pixart_ds import files
 from pixart_ds.cluster import submit
@@ -18,7 +18,19 @@ from pixart_ds.config.schema import StageConfig
 from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXITS_THAT_TELL, ConfigError, MachineError
 from pixart_ds.layout import RunLayout, StageLayout
 from pixart_ds.plan.chain import Action, StageFacts, decide
-from pixart_ds.train.preflight import preflight
+
+
+class Check(Protocol):
+    """`train.preflight.preflight` of the run: reading sets is not this floor's matter."""
+
+    def __call__(self, stage: StageConfig, device: str, *, origin: bool, data: bool) -> None:
+        """Refuses a stage that cannot work.
+
+        Args:
+            stage, device: What is to be trained on what.
+            origin: Whether the stage before must have handed over by now.
+            data: Whether the sets must be there by now.
+        """
 
 
 @dataclass(frozen=True)
@@ -65,13 +77,14 @@ class Wishes:
     dry_run: bool = False
 
 
-def run_chain(run: RunLayout, profile: Profile, wishes: Wishes) -> list[Done]:
+def run_chain(run: RunLayout, profile: Profile, wishes: Wishes, check: Check) -> list[Done]:
     """Brings the jobs of a run into order: submits, mends, and leaves alone.
 
     Args:
         run: The run.
         profile: The site.
         wishes: What the user said.
+        check: Refuses a stage that cannot work.
 
     Raises:
         ConfigError, DataError, CheckpointError: A stage that is to be submitted cannot work; what stood before it was submitted.
@@ -81,7 +94,8 @@ def run_chain(run: RunLayout, profile: Profile, wishes: Wishes) -> list[Done]:
     actions = decide([facts_of(run, stage) for stage in stages.values()], wishes.retry)
     for action in actions:  # all that can be known, before the first is submitted
         if action.do == "submit":
-            _check(run, stages[action.stage], profile, action, wishes)
+            # what prepares the first stage's data may prepare the others', too
+            check(stages[action.stage], profile.device, origin=action.behind is None, data=not wishes.after)
     found: list[Done] = []
     numbers: dict[str, tuple[str, ...]] = {}
     for action in actions:
@@ -138,12 +152,6 @@ def _without_attempt(layout: StageLayout) -> tuple[str, int] | None:
         return None
     said = next((word for word in reversed(words) if word.startswith("pixart-ds ")), words[-1])
     return f"job {outputs[-1].stem} ended before an attempt began: {said}; its output: {outputs[-1]}", EXIT_BUG
-
-
-def _check(run: RunLayout, stage: StageConfig, profile: Profile, action: Action, wishes: Wishes) -> None:
-    """Refuses what cannot work. What is still to be made, by a stage before or by a job that is waited for, is not looked for."""
-    waits_for_data = bool(wishes.after)  # what prepares the first stage's data may prepare the others', too
-    preflight(run, stage, profile.device, origin=action.behind is None, data=not waits_for_data)
 
 
 def _do(

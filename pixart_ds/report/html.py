@@ -8,10 +8,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 
-from pixart_ds.report.charts import (
-    digits,
-    number,
-)
+from pixart_ds.report.charts import digits, number
 from pixart_ds.report.curves import Curve
 from pixart_ds.report.html_cost import cost_section
 from pixart_ds.report.html_facts import Values, a100_ratio, devices_of, every_attempt, made_at, mapping, on_cpus

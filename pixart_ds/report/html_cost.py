@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from pixart_ds.report.charts import (
-    Bar,
-    Group,
-    bar_chart,
-    digits,
-    number,
-)
+from pixart_ds.report.charts import Bar, Group, bar_chart, digits, number
 from pixart_ds.report.html_facts import Values, a100_ratio, devices_of, every_attempt, mapping, on_cpus
 from pixart_ds.report.html_parts import colour_keys, figure, per_run, state_of
 

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from pixart_ds.report.charts import (
-    number,
-)
+from pixart_ds.report.charts import number
 
 Values = Mapping[str, Any]
 """The report, or a part of it, as `build.build` made it or as its JSON was read; whatever is not known is None or absent."""
@@ -28,6 +26,7 @@ def made_at(values: Values) -> float | None:
 
 
 def every_attempt(runs: Iterable[Values]) -> list[Values]:
+    """The attempts of all stages of runs."""
     return [attempt for run in runs for stage in run.get("stages") or [] for attempt in stage.get("attempts") or []]
 
 

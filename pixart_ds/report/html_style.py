@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+# The colours of parts keep their sequence: neighbours in a stacked bar can be told apart by the colour-blind, too.
+
 _DARK = """
   color-scheme: dark; --page: #0d0d0d; --card: #1a1a19; --ink: #ffffff; --soft: #c3c2b7; --faint: #92908a; --grid: #31312f;
   --track: #262624; --blue: #3987e5; --aqua: #199e70; --yellow: #c98500; --green: #2f9e2f; --violet: #9085e9; --red: #e66767;
   --grey: #77756e; --pale: #4b4a46; --rival: #65635d; --bad: #e05252; --orange: #d95926; --box: #3a2413;
 """
-
-
 STYLE = (
     """
 :root { color-scheme: light; --page: #f4f4f1; --card: #fcfcfb; --ink: #0b0b0b; --soft: #52514e; --faint: #777570; --grid: #e3e2dc;
@@ -108,8 +108,7 @@ th { white-space: normal; color: var(--soft); font-weight: 600; }
   .tiles { grid-template-columns: repeat(5, 1fr); } .tile b { font-size: 18px; } }
 """
 )
-
-
+"""The page's CSS."""
 SCRIPT = """
 (function () {
   var root = document.documentElement, button = document.getElementById("theme");
@@ -132,3 +131,4 @@ SCRIPT = """
   follow();
 })();
 """
+"""The page's only script: the button for light and dark, `#dark` in the address, and folded tables opened for printing."""

@@ -6,23 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from pixart_ds.log import duration, si
-from pixart_ds.report.charts import (
-    digits,
-    limit_chart,
-    number,
-    shortened,
-)
+from pixart_ds.report.charts import digits, limit_chart, number, shortened
 from pixart_ds.report.html_facts import Values, mapping
 from pixart_ds.report.html_parts import figure, hosts_told, moment, per_run, spaced, state_of
 from pixart_ds.report.words import percent
 
 _BUDGETS = {"gpu_days": "device-days", "device_days": "device-days", "usd": "$", "kwh": "kWh", "kg_co2e": "kg CO2e"}
-
-
 _FOLD = 30
 """Rows from which on a table of attempts is folded."""
-
-
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("device-hours", "device_hours", digits),
     ("V100-days", "v100_days", digits),
@@ -35,8 +26,6 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("images/s/device", "images_per_second_per_device", digits),
     ("$ per M images", "usd_per_million_images", digits),
 )
-
-
 _ATTEMPT_COLUMNS = tuple(
     each for each in _COLUMNS if each[0] in ("device-hours", "kWh", "$", "goodput", "images/s/device")
 )
@@ -67,7 +56,7 @@ def _runs_table(runs: Sequence[Values]) -> str:
             str(run.get("name")),
             state_of(run),
             "" if wall is None else duration(wall),
-            "" if ettr is None else percent(ettr),
+            percent(ettr),
         ]
         rows.append([*about, *_cells(mapping(run.get("account")))])
     return _table("Runs", ["run", "state", "wall time", "ETTR", *_heads()], rows, left=2)

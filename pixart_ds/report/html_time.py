@@ -6,19 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from pixart_ds.log import duration
-from pixart_ds.report.charts import (
-    Lane,
-    Part,
-    Span,
-    Stack,
-    digits,
-    gantt_chart,
-    number,
-    stack_chart,
-)
+from pixart_ds.report.charts import Lane, Part, Span, Stack, digits, gantt_chart, number, stack_chart
 from pixart_ds.report.html_facts import Values, made_at, mapping
 from pixart_ds.report.html_parts import colour_keys, counted, figure, hosts_told, moment, per_run, spaced
-from pixart_ds.report.words import PARTS_TOLD, percent
+from pixart_ds.report.words import PARTS_TOLD, percent, unit
 
 _OUTCOMES = {
     "done": "the stage ended",
@@ -53,9 +44,9 @@ def _time_charts(rows: Sequence[tuple[str, Values]]) -> str:
     for name, row in rows:
         account = mapping(row.get("account"))
         shares = _shares(account)
-        goodput, hours = number(account.get("goodput")), number(account.get("device_hours"))
+        goodput, used = number(account.get("goodput")), _used(account)
         words = [f"goodput {percent(goodput)}"] if goodput is not None and shares else []
-        words += [f"{digits(hours)} device-hours"] if hours else [] if shares else ["no attempts"]
+        words += [used] if used else [] if shares else ["no attempts"]
         parts = [Part(each, share, f"{name}: {spaced(each)} {percent(share)}") for each, share in shares.items()]
         stacks.append(Stack(name, " of ".join(words), parts))
         lost = [part for part in parts if part.colour != "productive"]
@@ -66,6 +57,16 @@ def _time_charts(rows: Sequence[tuple[str, Values]]) -> str:
         enlarged = stack_chart(losses, f"{label}, without the productive part")
         charts += figure("What was not productive, enlarged", enlarged)
     return charts
+
+
+def _used(account: Values) -> str:
+    """The account's device time in the unit of `words.unit`; nothing where it is not known, or none."""
+    days = number(account.get("device_days"))
+    if not days:
+        return ""
+    name, key, _ = unit({"device_days": days, "v100_days": number(account.get("v100_days"))})
+    amount = number(account.get(key))
+    return f"{digits(amount)} {name}" if amount else ""
 
 
 def _shares(account: Values) -> dict[str, float]:

@@ -8,11 +8,7 @@ from pathlib import Path
 
 from pixart_ds.errors import DataError
 from pixart_ds.report import pictures as of_pictures
-from pixart_ds.report.charts import (
-    Axis,
-    Line,
-    plot,
-)
+from pixart_ds.report.charts import Axis, Line, plot
 from pixart_ds.report.curves import Curve, Point, Stretch, smoothed, stretches
 from pixart_ds.report.html_facts import Values
 from pixart_ds.report.html_parts import colour_keys, figure
