@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixart_ds import __version__
+from pixart_ds.doctor import options as doctor_options
 from pixart_ds.errors import EXIT_CHECKPOINT, EXIT_DATA, EXIT_DONE, PixArtError
 from pixart_ds.report.options import add_arguments
 
 if TYPE_CHECKING:
     from pixart_ds.cluster.requests import Requests
     from pixart_ds.cluster.slurm import Slurm
-    from pixart_ds.config.schema import ChainConfig
+    from pixart_ds.config.schema import ChainConfig, StageConfig
     from pixart_ds.layout import RunLayout
 
 _EPILOG = (
@@ -110,6 +111,26 @@ def _parser() -> argparse.ArgumentParser:
     _dry_run(verb)
     _json(verb)
 
+    verb = _add(
+        verbs, "stage-in", _stage_in, "copy a stage's shards to where its cache is before it trains: here, or by a job"
+    )
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("stage", help="name of the stage")
+    verb.add_argument(
+        "--nodes", metavar="N", help="that train the stage; with --profile in place of the profile's: 8 or 4-8"
+    )
+    verb.add_argument(
+        "--node", type=_natural, metavar="K", help="which of the N this is, from 0: only the lanes that it reads"
+    )
+    verb.add_argument("--profile", help="submit a job that does it on the stage's nodes, for this site")
+    verb.add_argument("--time", help="limit of the job, as sbatch reads it")
+    for name in ("partition", "account", "qos", "constraint"):
+        verb.add_argument(f"--{name}", help="in place of the profile's")
+    _sets(verb, "execution.KEY=VALUE")
+    _update_code(verb)
+    _dry_run(verb)
+    _json(verb)
+
     verb = _add(verbs, "create", _create, "freeze a chain's recipes into a new run folder")
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument("--chain", required=True, help="path or name of a chain recipe: chain, demo/chain, …")
@@ -150,6 +171,29 @@ def _parser() -> argparse.ArgumentParser:
         help="local: processes of this machine; srun: one task per GPU",
     )
     verb.add_argument("--processes", type=_positive, help="ranks of the local launcher (default: GPUs, or 2 on a CPU)")
+    others = verb.add_mutually_exclusive_group()
+    others.add_argument(
+        "--hosts",
+        metavar="HOST,HOST,…",
+        help="train on these machines together, without Slurm: this one leads, and calls the others by ssh",
+    )
+    others.add_argument(
+        "--machines",
+        type=_positive,
+        metavar="N",
+        help="the same on N machines, this one included, on each of which a person starts `pixart-ds join`",
+    )
+    verb.add_argument(
+        "--rendezvous",
+        metavar="HOST:PORT",
+        help="where the others find this machine (with --hosts: its name, and any port that is free)",
+    )
+    verb.add_argument(
+        "--ssh",
+        metavar="PROGRAM",
+        help="called in the place of ssh, may have options (default: $PIXART_DS_SSH, else ssh)",
+    )
+    _patience(verb, "how long the other machines are waited for")
     verb.add_argument(
         "--retries",
         type=_count,
@@ -168,12 +212,33 @@ def _parser() -> argparse.ArgumentParser:
         help="before the job's time limit, when all ranks save (default: 300)",
     )
     verb.add_argument(
+        "--container",
+        metavar="COMMAND",
+        help="of the srun launcher: what starts a rank inside a container, such as 'apptainer exec --nv /path/pixart.sif'",
+    )
+    verb.add_argument(
         "--successor",
         action="store_true",
         help="where Slurm's jobs cannot be requeued: keep a second job of the same name waiting behind this one",
     )
     _update_code(verb)
     _dry_run(verb)
+
+    verb = _add(
+        verbs,
+        "join",
+        _join,
+        "this machine's ranks of a stage that `train --machines` leads on another one, without Slurm",
+    )
+    verb.add_argument("run", type=Path, help="folder of the run; all machines share it")
+    verb.add_argument("stage", help="name of the stage")
+    verb.add_argument("--rendezvous", required=True, metavar="HOST:PORT", help="as the leader was told")
+    verb.add_argument("--processes", type=_positive, help="ranks of this machine (default: GPUs, or 2 on a CPU)")
+    verb.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="as the leader's")
+    verb.add_argument("--name", help="what the leader calls this machine (default: its hostname)")
+    _patience(verb, "how long a leader is waited for, also after one that was lost")
+    verb.add_argument("--once", action="store_true", help="end when the leader is lost, and wait for no other")
+    verb.set_defaults(update_code=False, dry_run=False)
 
     verb = _add(verbs, "launch", _launch, "submit a stage's job to Slurm, for a site as its profile describes it")
     verb.add_argument("stage", help="name of the stage")
@@ -223,7 +288,12 @@ def _parser() -> argparse.ArgumentParser:
     _dry_run(verb)
     _json(verb)
 
-    verb = _add(verbs, "status", _status, "where a run stands: stages, jobs, time left, cost, warnings, and what to do next")
+    verb = _add(verbs, "doctor", _doctor, "whether this machine can train a stage: GPUs, disks, network, sets, Slurm")
+    doctor_options.add_arguments(verb)
+
+    verb = _add(
+        verbs, "status", _status, "where a run stands: stages, jobs, time left, cost, warnings, and what to do next"
+    )
     verb.add_argument("run", type=Path, help="folder of the run")
     verb.add_argument(
         "--watch",
@@ -359,6 +429,10 @@ def _update_code(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _patience(verb: argparse.ArgumentParser, what: str) -> None:
+    verb.add_argument("--patience", type=_positive, default=600, metavar="SECONDS", help=f"{what} (default: 600)")
+
+
 def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
@@ -414,7 +488,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> int:
     from pixart_ds.config.load import dump_yaml, find_recipe, load_chain, load_prepare, load_stage, read_layers
-    from pixart_ds.config.schema import PrepareConfig, StageConfig
+    from pixart_ds.config.schema import PrepareConfig
 
     keys = read_layers(find_recipe(options.recipe))
     config: ChainConfig | PrepareConfig | StageConfig
@@ -480,6 +554,54 @@ def _upload(options: argparse.Namespace) -> int:
     log = Log("upload", None if options.json else sys.stdout)
     done = upload_folder(options.set, options.url, report=log.event, dry_run=options.dry_run)
     _print_json(done.to_json()) if options.json else print(done)
+    return EXIT_DONE
+
+
+def _stage_in(options: argparse.Namespace) -> int:
+    from pixart_ds.cluster.jobs import cache_settings
+    from pixart_ds.cluster.stage_in_job import submit
+    from pixart_ds.cluster.submit import with_options
+    from pixart_ds.config.freeze import open_run, override_execution, read_stage
+    from pixart_ds.config.profile import load_profile
+    from pixart_ds.train.stage_in import check_folder, needless
+
+    run, profile = open_run(options.run), None
+    given = {name: getattr(options, name) for name in ("nodes", "time", "partition", "account", "qos", "constraint")}
+    sets = list(options.sets)
+    if options.profile is not None:
+        profile = with_options(load_profile(options.profile), options.stage, given, "the command line")
+        sets = [*cache_settings(profile), *sets]
+    stage = override_execution(read_stage(run, options.stage), sets)
+    if (why := needless(stage)) is not None:
+        text = f"nothing to stage in for {stage.name}: {why}"
+        _print_json({"staged": False, "why": why}) if options.json else print(text)
+        return EXIT_DONE
+    check_folder(stage)
+    if profile is None:
+        return _stage_in_here(options, stage)
+    done = submit(run, stage, profile, options.sets, dry_run=options.dry_run, update_code=options.update_code)
+    if options.json:
+        _print_json(done.to_json())
+        return EXIT_DONE
+    if options.dry_run:
+        print(done.text, end="")
+    if done.job is not None:
+        output = done.output.with_name(f"{done.job}.out")
+        print(f"job {done.job}: {done.spec.name} on {done.spec.nodes} nodes; its output: {output}")
+        chain = f"pixart-ds chain {run.root} --profile {options.profile} --after {stage.name}={done.job}"
+        print(f"to have the stage wait for it: {chain}")
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return EXIT_DONE
+
+
+def _stage_in_here(options: argparse.Namespace, stage: StageConfig) -> int:
+    from pixart_ds.log import Log
+    from pixart_ds.train.stage_in import fill_here, part_of
+
+    log = Log("stage-in", sys.stderr if options.json else sys.stdout)
+    done = fill_here(stage, part_of(options.nodes, options.node), log.event, dry_run=options.dry_run)
+    _print_json({"staged": True, **done.to_json()}) if options.json else log.event(str(done))
     return EXIT_DONE
 
 
@@ -564,11 +686,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_on(options: argparse.Namespace, requests: Requests) -> int:
     from pixart_ds.cluster.launchers import LocalLauncher
+    from pixart_ds.cluster.machines import MachinesLauncher, machines_launcher
     from pixart_ds.cluster.slurm import Slurm
-    from pixart_ds.cluster.srun import SrunLauncher
+    from pixart_ds.cluster.srun import SrunLauncher, rank_command
     from pixart_ds.cluster.supervise import Timing, supervise
     from pixart_ds.config.freeze import create_run, open_run, override_execution, read_stage
     from pixart_ds.config.load import load_chain
+    from pixart_ds.errors import ConfigError
     from pixart_ds.log import ProgressBar
     from pixart_ds.train.preflight import preflight
 
@@ -581,11 +705,26 @@ def _train_on(options: argparse.Namespace, requests: Requests) -> int:
     stage = override_execution(read_stage(run, options.stage), options.sets)
     preflight(run, stage, options.device)
     extra = [word for each in options.sets for word in ("--set", each)]
-    launcher: LocalLauncher | SrunLauncher
+    layout = run.stage(stage.name)
+    launcher: LocalLauncher | SrunLauncher | MachinesLauncher
     if options.launcher == "srun":
-        launcher = SrunLauncher(extra=extra, tasks_per_node=options.tasks_per_node, slurm=slurm)
+        if options.hosts or options.machines:
+            raise ConfigError(
+                "--launcher srun takes its machines from Slurm", remedy="leave --hosts and --machines out"
+            )
+        launcher = SrunLauncher(
+            extra=extra,
+            tasks_per_node=options.tasks_per_node,
+            slurm=slurm,
+            command=rank_command(options.container),
+        )
+    elif options.container:
+        raise ConfigError(
+            "--container is for --launcher srun", remedy="start pixart-ds itself inside the container instead"
+        )
     else:
-        launcher = LocalLauncher(options.processes or _default_processes(options.device), extra=extra)
+        local = LocalLauncher(options.processes or _default_processes(options.device), extra=extra)
+        launcher = machines_launcher(local, layout, options) or local
     if options.dry_run:
         print(
             f"would run {stage.name} of {run.root} ({stage.total_steps} steps of {stage.global_batch_size} images) with {launcher}"
@@ -593,8 +732,8 @@ def _train_on(options: argparse.Namespace, requests: Requests) -> int:
         return EXIT_DONE
     if isinstance(launcher, SrunLauncher):
         launcher.tasks()  # refuses what is no allocation before an attempt begins
-    layout = run.stage(stage.name)
-    with ProgressBar(layout.attempts, stage.total_images, stage.name):
+
+    def attempt() -> int:
         return supervise(
             run.root,
             stage.name,
@@ -606,6 +745,33 @@ def _train_on(options: argparse.Namespace, requests: Requests) -> int:
             slurm=slurm,
             successor=options.successor,
         )
+
+    with ProgressBar(layout.attempts, stage.total_images, stage.name):
+        return launcher.lead(requests, attempt) if isinstance(launcher, MachinesLauncher) else attempt()
+
+
+def _join(options: argparse.Namespace) -> int:
+    from pixart_ds.cluster.join import Agent, this_machine
+    from pixart_ds.cluster.launchers import LocalLauncher
+    from pixart_ds.cluster.requests import Requests
+    from pixart_ds.cluster.wire import Address
+    from pixart_ds.config.freeze import open_run, read_stage
+    from pixart_ds.log import Log
+    from pixart_ds.train.preflight import preflight
+
+    leader = Address.parse(options.rendezvous)
+    with Requests() as requests:
+        run = open_run(options.run)
+        _run_frozen(run, None, requests, options)
+        stage = read_stage(run, options.stage)
+        preflight(run, stage, options.device)  # what is missing here is best told here
+        processes = options.processes or _default_processes(options.device)
+        own = this_machine(processes, options.device, options.name)
+        log = Log(stage.name)
+        launcher = LocalLauncher(processes)
+        return Agent(
+            run.root, stage.name, leader, own, requests, log, float(options.patience), options.once, launcher=launcher
+        ).work()
 
 
 def _run_frozen(run: RunLayout, slurm: Slurm | None, requests: Requests, options: argparse.Namespace) -> None:
@@ -732,6 +898,12 @@ def _default_processes(device: str) -> int:
     import torch  # only to count the GPUs of this machine
 
     return max(1, torch.cuda.device_count())
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pixart_ds.doctor import command
+
+    return command.run(options)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -91,6 +91,20 @@ class StageLayout:
         return self.root / "stop"
 
     @property
+    def machines(self) -> Path:
+        """Folder of what concerns machines that train together without Slurm: who may join, and what ssh said."""
+        return self.root / "machines"
+
+    @property
+    def machines_token(self) -> Path:
+        """The secret that a machine shows to join; only the run's owner reads it."""
+        return self.machines / "token"
+
+    def machine_log(self, host: str) -> Path:
+        """What the agent on a host said that was started by ssh, and ssh itself."""
+        return self.machines / f"{host}.txt"
+
+    @property
     def attempts(self) -> Path:
         return self.root / "attempts"
 
@@ -182,6 +196,10 @@ class AttemptLayout:
     def stopped(self) -> Path:
         """Rank 0's marker: asked to stop, saved, committed."""
         return self.root / "stopped.json"
+
+    def saved_for_a_machine(self, launch: int) -> Path:
+        """The same marker, set aside: one machine's ranks alone were asked to leave, and the others go on."""
+        return self.root / f"stopped-l{launch:02d}.json"
 
     @property
     def outcome(self) -> Path:

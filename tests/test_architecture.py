@@ -28,7 +28,7 @@ def test_imports_go_down_only() -> None:
         "cluster.task",
         "engine.environment",
         "train.rank",
-        "train.status",
+        "cluster.status_text",
         "train.preflight",
         "plan.order",
     ],

@@ -19,10 +19,18 @@ VERBS = (
     "estimate",
     "prepare",
     "upload",
+    "stage-in",
     "create",
+    "change",
     "budget",
     "train",
+    "join",
+    "launch",
+    "chain",
+    "cancel",
+    "doctor",
     "status",
+    "cost",
     "audit",
     "checkpoint",
     "sample",
@@ -94,8 +102,8 @@ def test_create_freezes_a_chain_and_refuses_another(tmp_path: Path, capsys: pyte
         == 0
     )
     assert main(["status", folder, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out[len(f"run {folder}: ") :].split("\n", 1)[1])
-    assert [row["state"] for row in rows] == ["not started"] * 5
+    shown = json.loads(capsys.readouterr().out[len(f"run {folder}: ") :].split("\n", 1)[1])
+    assert [row["state"] for row in shown["stages"]] == ["not started"] * 5
 
 
 def test_create_leaves_a_strangers_folder_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,11 @@ class Allocation:
         elif self._seen.end is not None and time.time() > self._seen.end - self._margin_s:
             self._requests.names.append("walltime")
 
+    @property
+    def nodes(self) -> list[str]:
+        """What the job holds, as Slurm said last."""
+        return [] if self._seen is None else expand(self._seen.nodes)
+
     def launch_begins(self, unreachable: Collection[str]) -> None:
         """Remembers the nodes that the ranks are about to be started on, and keeps the guardian on one of them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pixart_ds.config.freeze import read_stage
 from pixart_ds.config.profile import Profile
 from pixart_ds.config.schema import StageConfig
 from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXITS_THAT_TELL, ConfigError, MachineError
-from pixart_ds.layout import RunLayout, StageLayout
+from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
 from pixart_ds.plan.chain import Action, StageFacts, decide
 
 
@@ -143,8 +144,7 @@ def _without_attempt(layout: StageLayout) -> tuple[str, int] | None:
         return None
     outputs = sorted(layout.submissions.glob("*.out"), key=lambda path: int(path.stem) if path.stem.isdigit() else -1)
     attempts = layout.all_attempts()
-    known = {str(files.read_json(each.env).get("job")) for each in attempts if each.env.exists()}
-    newest = max((int(job) for job in known if job.isdigit()), default=-1)
+    newest = max((job for each in attempts if (job := _job_of(each)) is not None), default=-1)
     if not outputs or not outputs[-1].stem.isdigit() or int(outputs[-1].stem) <= newest:
         return None
     words = outputs[-1].read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -152,6 +152,15 @@ def _without_attempt(layout: StageLayout) -> tuple[str, int] | None:
         return None
     said = next((word for word in reversed(words) if word.startswith("pixart-ds ")), words[-1])
     return f"job {outputs[-1].stem} ended before an attempt began: {said}; its output: {outputs[-1]}", EXIT_BUG
+
+
+def _job_of(attempt: AttemptLayout) -> int | None:
+    """The job that an attempt ran in; its heartbeat says so from its first moment on."""
+    try:
+        job = json.loads(attempt.heartbeat.read_bytes()).get("job")
+    except (OSError, ValueError, AttributeError):  # emptied by a power loss
+        job = files.read_json(attempt.env).get("job") if attempt.env.exists() else None
+    return int(job) if job is not None and str(job).isdigit() else None
 
 
 def _do(

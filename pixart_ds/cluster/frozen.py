@@ -133,6 +133,11 @@ def runs_here(frozen: Frozen) -> bool:
     return _PACKAGE.parent == frozen.folder.resolve()
 
 
+def hash_here() -> str:
+    """The hash of the code that this process runs; a frozen copy has its original's."""
+    return _hash(_files())
+
+
 def replace_process(frozen: Frozen, arguments: Sequence[str], variables: Mapping[str, str]) -> None:
     """Becomes `pixart-ds ARGUMENTS` of the copy; does not return.
 

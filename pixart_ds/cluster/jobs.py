@@ -99,7 +99,7 @@ class JobSpec:
         for key in ("partition", "account", "qos", "constraint"):
             value = getattr(profile, key)
             if value is not None:
-                yield _option(key, value)
+                yield header_option(key, value)
             elif self.place is None and key in _EXAMPLES:
                 yield f"##SBATCH --{key}={_EXAMPLES[key]}"
         if self.place is None:
@@ -107,14 +107,14 @@ class JobSpec:
         yield f"#SBATCH --nodes={self.nodes}"
         if profile.exclusive:
             yield "#SBATCH --exclusive"
-        yield _option("gres", profile.gres or f"gpu:{profile.gpus_per_node}")
+        yield header_option("gres", profile.gres or f"gpu:{profile.gpus_per_node}")
         yield f"#SBATCH --time={self.time}"
         for key, value in profile.sbatch.items():
             if value is not False:
-                yield f"#SBATCH --{key}" if value is True else _option(key, value)
+                yield f"#SBATCH --{key}" if value is True else header_option(key, value)
         if self.exclude:
-            yield _option("exclude", ",".join(self.exclude))
-        yield _option("output", self.place.output if self.place else f"{self.name}-%j.out")
+            yield header_option("exclude", ",".join(self.exclude))
+        yield header_option("output", self.place.output if self.place else f"{self.name}-%j.out")
         yield "# A preempted or requeued job starts again and resumes; its output goes on in the same file."
         yield "#SBATCH --requeue" if profile.requeue else "#SBATCH --no-requeue"
         yield "#SBATCH --open-mode=append"
@@ -137,7 +137,7 @@ class JobSpec:
         if self.held is not None:
             yield "# Released when the stage before it is done."
             yield HOLD
-            yield _option("comment", self.held)
+            yield header_option("comment", self.held)
 
     def _body(self) -> Iterator[str]:
         place = self.place
@@ -147,37 +147,60 @@ class JobSpec:
             yield 'source "$SLURM_SUBMIT_DIR/slurm/setup.sh"'
         else:
             yield f"export RUN={shlex.quote(str(place.run))}"
-            yield f"export VENV={shlex.quote(str(place.venv))}"
+            if self.profile.environment_archive is None:
+                yield f"export VENV={shlex.quote(str(place.venv))}"
             yield "# What turns this site's device time into money, energy and emissions; noted in the ledger."
             yield f"export {SITE_VARIABLE}={shlex.quote(json.dumps(self.profile.site(), ensure_ascii=False))}"
         yield from self.profile.setup
         for key, value in self.profile.environment.items():
             yield f"export {key}={shlex.quote(str(value))}"
+        yield from self._unpack()
         if place is not None:
             yield f"source {shlex.quote(str(place.code / 'slurm' / 'setup.sh'))}"
+        if self.profile.environment_archive is not None:
+            yield 'export PATH="$VENV/bin:$PATH" # before what its own activate says, which may name another folder'
         yield " ".join(["exec", *self.command()])
+
+    def _unpack(self) -> Iterator[str]:
+        """The environment on the disk of each node."""
+        profile = self.profile
+        if profile.environment_archive is None:
+            return
+        slurm = '"$SLURM_SUBMIT_DIR/slurm"' if self.place is None else shlex.quote(str(self.place.code / "slurm"))
+        yield "# The environment, unpacked onto each node's own disk, unless the same lies there."
+        yield f'export VENV="{profile.environment_folder}"'
+        yield (
+            'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --export=ALL --overlap '
+            f'--kill-on-bad-exit=0 bash {slurm}/unpack.sh {shlex.quote(profile.environment_archive)} "$VENV" || exit 3'
+        )
 
     def command(self) -> list[str]:
         """The supervisor's command line, quoted for the shell."""
         profile = self.profile
-        words = ["pixart-ds", "train", '"$RUN"', self.stage.name, "--launcher", "srun", "--device", profile.device]
+        # console scripts name the folder that the environment was made in; where it was unpacked elsewhere, they start that one
+        program = ["pixart-ds"] if profile.environment_archive is None else ['"$VENV/bin/python"', "-m", "pixart_ds"]
+        words = [*program, "train", '"$RUN"', self.stage.name, "--launcher", "srun", "--device", profile.device]
         if profile.tasks_per_node is not None:
             words += ["--tasks-per-node", str(profile.tasks_per_node)]
         if profile.warning_s != Profile.model_fields["warning_s"].default:
             words += ["--warning", str(profile.warning_s)]
         if not profile.requeue:
             words += ["--successor"]
-        for each in (*self._cache(), *self.sets):
+        if profile.container is not None:
+            words += ["--container", shlex.quote(profile.container)]
+        for each in (*cache_settings(profile), *self.sets):
             words += ["--set", shlex.quote(each)]
         return words
 
-    def _cache(self) -> Iterator[str]:
-        if self.profile.cache is not None:
-            for key, value in self.profile.cache.model_dump(exclude_unset=True).items():
-                yield f"execution.cache.{key}={value}"
+
+def cache_settings(profile: Profile) -> list[str]:
+    """The profile's cache as overrides of a stage."""
+    given = {} if profile.cache is None else profile.cache.model_dump(exclude_unset=True)
+    return [f"execution.cache.{key}={value}" for key, value in given.items()]
 
 
-def _option(key: str, value: object) -> str:
+def header_option(key: str, value: object) -> str:
+    """A line of a job's header."""
     text = str(value)
     return f"#SBATCH --{key}=" + (f'"{text}"' if re.search(r"\s", text) else text)
 

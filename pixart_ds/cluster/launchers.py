@@ -110,6 +110,24 @@ class Launcher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Part:
+    """The ranks that one machine starts, among all of a launch.
+
+    Attributes:
+        first: Number of the first of them.
+        count: How many.
+        world_size: Ranks of all machines.
+        master_addr, master_port: Where rank 0 listens.
+    """
+
+    first: int
+    count: int
+    world_size: int
+    master_addr: str
+    master_port: int
+
+
 @dataclass
 class LocalLauncher:
     """Processes of this machine.
@@ -130,20 +148,26 @@ class LocalLauncher:
 
     def start(self, request: LaunchRequest, output: TextIO) -> LocalRanks:
         """See `Launcher`."""
-        port = free_port()
-        ranks = LocalRanks(request, output)
-        for rank in range(self.processes):
-            told = RankEnvironment("torchrun", rank, self.processes, rank, self.processes, "127.0.0.1", port)
+        return self.start_part(request, output, Part(0, self.processes, self.processes, "127.0.0.1", free_port()))
+
+    def start_part(self, request: LaunchRequest, output: TextIO, part: Part) -> LocalRanks:
+        """Starts this machine's ranks of a launch. Call it in a thread that lives as long as they: when it ends, the kernel tells
+        them to leave.
+        """
+        ranks = LocalRanks(request, output, part.first)
+        for local in range(part.count):
+            place = part.first + local, part.world_size, local, part.count
+            told = RankEnvironment("torchrun", *place, part.master_addr, part.master_port)
             environment = {**os.environ, **told.variables(), PARENT_PID: str(os.getpid())}
             ranks.add([*self.command, *request.arguments(), *self.extra], environment)
         return ranks
 
 
 class LocalRanks:
-    """Processes of this machine."""
+    """Processes of this machine; `first` is the number of the first of them among all ranks."""
 
-    def __init__(self, request: LaunchRequest, output: TextIO) -> None:
-        self._request, self._output = request, output
+    def __init__(self, request: LaunchRequest, output: TextIO, first: int = 0) -> None:
+        self._request, self._output, self._first = request, output, first
         self._processes: list[subprocess.Popen[bytes]] = []
         self._first_failure: Failed | None = None
         self._tail: Tail | None = None
@@ -154,7 +178,7 @@ class LocalRanks:
 
     def add(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Starts the next rank in a session of its own: a terminal's Ctrl-C reaches it through the supervisor alone."""
-        rank = len(self._processes)
+        rank = self._first + len(self._processes)
         path = self._request.attempt.rank_log(self._request.launch, rank)
         with open(path, "ab") as log:
             self._processes.append(
@@ -171,7 +195,7 @@ class LocalRanks:
     def failed(self) -> Failed | None:
         codes = [process.poll() for process in self._processes]
         if self._first_failure is None:
-            bad = [(rank, code) for rank, code in enumerate(codes) if code]
+            bad = [(rank, code) for rank, code in enumerate(codes, start=self._first) if code]
             if bad:  # a rank that was killed or raised comes before its peers, which lose the connection a moment later
                 rank, code = min(bad, key=lambda item: (item[1] == EXIT_BUG, item[0]))
                 self._first_failure = Failed(rank, code, socket.gethostname())

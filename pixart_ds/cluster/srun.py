@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +102,26 @@ class SrunLauncher:
         """See `Launcher`."""
         nodes, each = self.tasks()
         return SrunRanks(self, self.argv(request, nodes, each), nodes * each, request, output)
+
+
+def rank_command(container: str | None) -> Sequence[str]:
+    """What a rank runs before its arguments: this process's python, or that of the image which a command such as `apptainer exec
+    --nv /path/pixart.sif` enters. The frozen code reaches it by PYTHONPATH.
+
+    Raises:
+        MachineError: The command's program is not here.
+    """
+    if container is None:
+        return RANK_MODULE
+    program, *rest = shlex.split(container)
+    found = shutil.which(program)
+    if found is None:
+        raise MachineError(
+            f"there is no {program}, which is to start the ranks inside a container",
+            where="--container, or container: in the profile",
+            remedy="load its module in the profile's setup, or give its path",
+        )
+    return [found, *rest, "python", *RANK_MODULE[1:]]
 
 
 def _fewest_cpus(environment: Mapping[str, str]) -> int:

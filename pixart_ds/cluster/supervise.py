@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from pixart_ds import files
-from pixart_ds.cluster import afterwards
+from pixart_ds.cluster import afterwards, bad_nodes, node_check
 from pixart_ds.cluster.allocation import Allocation
 from pixart_ds.cluster.budget import BudgetGuard
 from pixart_ds.cluster.launchers import Launcher, LaunchRequest, Ranks
@@ -23,7 +23,7 @@ from pixart_ds.cluster.slurm import Slurm
 from pixart_ds.cluster.watch import Hang, PulseWatch
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.engine import line
-from pixart_ds.errors import EXIT_BUG, PixArtError
+from pixart_ds.errors import EXIT_BUG, EXIT_MACHINE, PixArtError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
 from pixart_ds.report.command import write_page
@@ -159,6 +159,10 @@ class _Attempt:
             self.allocation, self.where = allocation, allocation.describe()
         if self.requests.names:
             return None
+        if self.allocation is not None and (failure := self._examine(self.allocation)) is not None:
+            return failure
+        if self.requests.names:  # while the nodes were looked at
+            return None
         layout = RunLayout(self.request.run).stage(self.request.stage)
         launches: list[Launch] = []
         while True:
@@ -179,6 +183,26 @@ class _Attempt:
             self.request = LaunchRequest(
                 self.request.run, self.request.stage, self.request.attempt, number + 1, self.request.device
             )
+
+    def _examine(self, allocation: Allocation) -> RankFailure | None:
+        """Has the doctor look at each node, and leaves out those that fail; a failure if none is left."""
+        run, stage, nodes = RunLayout(self.request.run.absolute()), self.request.stage, allocation.nodes
+        if not nodes:
+            return None
+        found = node_check.examine(nodes, run.root, stage, self.request.device)
+        if not found.answered:
+            self.log.event(f"the nodes could not be looked at before the start: {found.said}")
+            return None
+        for node, what in found.bad.items():
+            self.log.event(f"node {node} fails the doctor's quick look: {what}")
+        if len(found.bad) == len(nodes):  # what all have in common is no node's fault
+            what = next(iter(found.bad.values()))
+            return RankFailure(
+                f"every node fails the doctor's quick look: {what}; pixart-ds doctor {run.root} {stage}", EXIT_MACHINE
+            )
+        bad_nodes.record(run, found.bad, stage, self.request.attempt.number)
+        self.launcher.unreachable |= set(found.bad)
+        return None
 
     def _launch(self) -> RankFailure | None:
         if self.allocation is not None:

@@ -108,6 +108,13 @@ class Profile(Section):
     """Lines of shell at the start of a job, before the environment is entered: modules."""
     environment: dict[ShellName, str | int] = Field(default={})
     """Variables of the job; no secrets: they would stand in the job's script."""
+    environment_archive: Annotated[str, Field(pattern=r"^/.*\.(tar|tar\.gz|tgz|tar\.zst)$")] | None = None
+    """An environment with bin/python at its top, that each attempt unpacks onto every node, and enters in place of the one that
+    submitted: ranks of many nodes then do not read Python's files from one file system."""
+    environment_folder: Annotated[str, Field(pattern=r"^[/$][\w/.${}:-]*$")] | None = None
+    """Where to, on the node's own disk, such as $TMPDIR/env; the node that runs the script expands it for all."""
+    container: Annotated[str, Field(min_length=1)] | None = None
+    """What starts a rank inside a container: apptainer exec --nv /path/pixart.sif. Put before `python`, which is the image's."""
     cache: CacheConfig | None = None
     """In place of the recipe's execution.cache."""
     stages: dict[Name, StageJob] = Field(default={})
@@ -117,6 +124,8 @@ class Profile(Section):
     def _leaves_what_is_ours(self) -> Self:
         problems = [f"sbatch.{key}: {OWN_OPTIONS[key]}" for key in self.sbatch if key in OWN_OPTIONS]
         problems += [f"sbatch.{key}: write it without dashes" for key in self.sbatch if key.startswith("-")]
+        if (self.environment_archive is None) != (self.environment_folder is None):
+            problems.append("environment_archive and environment_folder go together: what is unpacked, and where to")
         for name in self.environment:
             if re.search(r"(^|_)(SECRET|TOKEN|PASSWORD|PASSWD|KEY)(_|$)", name.upper()):
                 problems.append(

@@ -204,9 +204,10 @@ class CacheConfig(Section):
 
     mode: Literal["node-job", "node-persistent", "shared"] = "node-job"
     """node-job: on the node's disk, removed when the job's last rank leaves; node-persistent: kept there for later jobs, and shared
-    by those that run at the same time; shared: no copy, a set in a folder is read in place."""
+    by those that run at the same time; shared: a set in a folder is read in place, one in an object store from the copy that
+    `pixart-ds stage-in` makes in `folder`."""
     folder: str | None = None
-    """On a disk of the node's own; by default in $TMPDIR (else /tmp), one for each user."""
+    """On a disk of the node's own; by default in $TMPDIR (else /tmp), one for each user. With shared: one that all nodes see."""
     limit_gb: PositiveFloat | None = None
     """10⁹ bytes that all sets in the folder may take together; without it, as many as the disk holds."""
     patience_seconds: PositiveFloat = 120.0

@@ -56,6 +56,8 @@ class CacheOptions:
         patience_seconds: How long a shard is asked for before the error is raised.
         guard_seconds: Shards used within this time are evicted last.
         keep: Whether the folder outlives its last user.
+        evict: Whether shards go to make room for others; without it, a full disk is an error.
+        in_place: All nodes read the folder as it is, without locks: it was filled before.
     """
 
     folder: Path
@@ -63,16 +65,21 @@ class CacheOptions:
     patience_seconds: float = 120.0
     guard_seconds: float = 600.0
     keep: bool = True
+    evict: bool = True
+    in_place: bool = False
 
 
 def options_of(config: CacheConfig, job: str) -> CacheOptions | None:
-    """The cache of a job as the recipe says; None where shards are read in place. What ended jobs have left is removed.
+    """The cache of a job as the recipe says; None where sets are read in place. What ended jobs have left is removed.
 
     Args:
         job: The same for all ranks and launches of one allocation, and for no other job.
     """
+    limit = None if config.limit_gb is None else int(config.limit_gb * 1e9)
     if config.mode == "shared":
-        return None
+        if config.folder is None:
+            return None
+        return CacheOptions(Path(config.folder) / "shared", limit, config.patience_seconds, in_place=True)
     user = f"pixart_ds-{os.getuid()}"
     base = Path(config.folder) if config.folder else Path(os.environ.get("TMPDIR", "/tmp")) / user
     folder = base / (f"job-{job}" if config.mode == "node-job" else "kept")
@@ -81,7 +88,6 @@ def options_of(config: CacheConfig, job: str) -> CacheOptions | None:
         with contextlib.suppress(FileNotFoundError):  # another rank removes it, too
             if other != folder and other.stat().st_mtime < now - _UNTOUCHED_SECONDS:
                 remove_unused(other)
-    limit = None if config.limit_gb is None else int(config.limit_gb * 1e9)
     return CacheOptions(
         folder, limit_bytes=limit, patience_seconds=config.patience_seconds, keep=config.mode == "node-persistent"
     )
@@ -119,9 +125,9 @@ class ShardCache:
 
     def _limit(self) -> int:
         """As the options say, else what the disk holds now; what other programs write later is met by evicting."""
-        stated, largest = self.options.limit_bytes, _on_disk(int(self.index.sizes.max(initial=0)))
+        stated, largest = self.options.limit_bytes, on_disk(int(self.index.sizes.max(initial=0)))
         disk = os.statvfs(self.root)
-        limit = int(_PART_OF_DISK * (disk.f_bavail * disk.f_frsize + self._used_bytes())) if stated is None else stated
+        limit = _part_of(disk, self._used_bytes()) if stated is None else stated
         if limit < _LEAST_SHARDS * largest:
             what = "what the disk has free" if stated is None else "the cache limit"
             raise DataError(
@@ -171,7 +177,7 @@ class ShardCache:
                 self._turn.notify_all()
 
     def path(self, number: int) -> Path:
-        return self.root / f"{number:08d}.mds"
+        return self.root / file_name(number)
 
     def _present(self, number: int) -> int | None:
         try:
@@ -278,6 +284,8 @@ class ShardCache:
         """Removes one shard of any set: the newest outside the guard time, because passes repeat and it is needed last (the oldest
         first would never hit); if all are within it, the oldest. False if there is none.
         """
+        if not self.options.evict:
+            return False
         with self._evicting:
             if not _lock(self._evict_file, fcntl.F_WRLCK, 0, self.options.patience_seconds, self.closing):
                 return False
@@ -383,7 +391,7 @@ class _Table:
         self.used, self.bytes = values[:, 0], values[:, 1]
 
     def use(self, number: int, size: int, when: float | None = None) -> None:
-        self.bytes[number] = _on_disk(size)
+        self.bytes[number] = on_disk(size)
         self.used[number] = time.time() if when is None else when
 
     def forget(self, number: int) -> None:
@@ -398,7 +406,46 @@ class _Table:
         self.close()
 
 
-def _on_disk(size: int) -> int:
+def file_name(number: int) -> str:
+    """Of a shard in a cache."""
+    return f"{number:08d}.mds"
+
+
+def shards_here(index: ShardIndex, options: CacheOptions) -> npt.NDArray[np.bool_]:
+    """(shards,) which of them a cache's folder holds, by their sizes; seen from outside, nothing is made or removed."""
+    here = np.zeros(len(index), bool)
+    for number, size in _files(options.folder / index.fingerprint):
+        if number < len(index):
+            here[number] = size == index.sizes[number]
+    return here
+
+
+def room_of(options: CacheOptions) -> tuple[int, int]:
+    """Bytes that a cache's folder holds, and those that it may hold; seen from outside."""
+    used = sum(on_disk(size) for root in options.folder.glob("*") for _, size in _files(root))
+    if options.limit_bytes is not None:
+        return used, options.limit_bytes
+    there = next(folder for folder in (options.folder, *options.folder.absolute().parents) if folder.exists())
+    return used, _part_of(os.statvfs(there), used)
+
+
+def _files(root: Path) -> Iterator[tuple[int, int]]:
+    """Number and size of each whole shard of a set's folder, if it is there."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for entry in os.scandir(root):
+            number, _, rest = entry.name.partition(".")
+            if number.isdigit() and rest == "mds":
+                with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+                    yield int(number), entry.stat().st_size
+
+
+def _part_of(disk: os.statvfs_result, used: int) -> int:
+    """What a cache that has no limit may hold, by what its disk has free and what is its own already."""
+    return int(_PART_OF_DISK * (disk.f_bavail * disk.f_frsize + used))
+
+
+def on_disk(size: int) -> int:
+    """Bytes of a file in whole blocks."""
     return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 

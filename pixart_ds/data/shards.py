@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pixart_ds import files
 from pixart_ds.config.schema import SetConfig, StageConfig
-from pixart_ds.data.cache import CacheOptions, ShardCache
+from pixart_ds.data.cache import CacheOptions, ShardCache, file_name, shards_here
 from pixart_ds.data.mds import FolderSource, ShardIndex, ShardSource
 from pixart_ds.data.store import Store, is_remote, open_store
 from pixart_ds.errors import ConfigError, DataError
@@ -359,21 +359,40 @@ class PreparedSet:
         return self._indexes[name]
 
     def source(self, name: str, cache: CacheOptions | None) -> ShardSource:
-        """The same shards, to be opened: through a node's cache, or in place.
+        """The same shards, to be opened: through a node's cache, in place, or in the copy of an object store that nodes share.
 
         Raises:
             ConfigError: A set in an object store cannot be read in place.
+            DataError: The copy that nodes share is not whole.
         """
-        index, folder = self.index(name), self._folder(name)
-        if cache is not None:
-            return ShardCache(index, open_store(f"{self.path}/{folder}"), cache)
+        index = self.index(name)
+        if cache is not None and not cache.in_place:
+            return ShardCache(index, open_store(self.address(name)), cache)
+        if is_remote(self.path) and cache is not None:
+            return self._staged(index, name, cache)
         if is_remote(self.path):
             raise ConfigError(
                 f"{self.path} cannot be read in place: it is an object store",
                 where="execution.cache.mode",
-                remedy="set it to node-job or node-persistent",
+                remedy="set it to node-job or node-persistent; or name a folder that all nodes see in execution.cache.folder, and "
+                "copy the set there: pixart-ds stage-in RUN STAGE",
             )
-        return FolderSource(index, Path(self.path) / folder)
+        return FolderSource(index, Path(self.path) / self._folder(name))
+
+    def address(self, name: str) -> str:
+        """Where the shards of `captions`, or of the latents of that name, come from."""
+        return f"{self.path}/{self._folder(name)}"
+
+    def _staged(self, index: ShardIndex, name: str, cache: CacheOptions) -> FolderSource:
+        here = shards_here(index, cache)
+        if not here.all():
+            raise DataError(
+                f"{int((~here).sum())} of {len(here)} shards of {self.address(name)} are not in the copy that all nodes read",
+                where=cache.folder / index.fingerprint,
+                remedy="copy them there: pixart-ds stage-in RUN STAGE; or set execution.cache.mode to node-job",
+            )
+        names = [file_name(number) for number in range(len(index))]
+        return FolderSource(replace(index, names=names), cache.folder / index.fingerprint)
 
     def _folder(self, name: str) -> str:
         if name == "captions":

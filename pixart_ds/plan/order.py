@@ -274,14 +274,22 @@ class Order:
         Samples are shuffled within windows of a bucket, and strips of neighbouring windows may change places: at most 2 windows and
         one group of each bucket are live in a lane. A cache that holds these shards reads no shard twice in a pass.
         """
-        lanes = range(first_rank * self.lanes // world_size, -(-(first_rank + ranks) * self.lanes // world_size))
         live: list[int] = []
-        for lane in lanes:
+        for lane in self._lanes_of(first_rank, ranks, world_size):
             groups = self._lane_groups[lane]
             for bucket in np.unique(self._bucket[groups]):
                 mine = groups[self._bucket[groups] == bucket]
                 live += mine[np.argsort(-self._taken[mine], kind="stable")][: 2 * self.window + 1].tolist()
         return np.array(live, np.int64)
+
+    def groups_of(self, first_rank: int, ranks: int, world_size: int) -> Ints:
+        """All row groups of the lanes that some ranks, as those of a node, read; where shares do not follow lanes, a rank may now
+        and then read a little of the lanes beside them.
+        """
+        return np.concatenate([self._lane_groups[lane] for lane in self._lanes_of(first_rank, ranks, world_size)])
+
+    def _lanes_of(self, first_rank: int, ranks: int, world_size: int) -> range:
+        return range(first_rank * self.lanes // world_size, -(-(first_rank + ranks) * self.lanes // world_size))
 
     def place_of(self, groups: Ints) -> tuple[Ints, Ints]:
         """Set and row group within it of groups over all sets."""

@@ -111,7 +111,7 @@ def _summary(run: Mapping[str, Any]) -> Iterator[str]:
         waited = f"of which {duration(run['waited_seconds'])} without an allocation"
         yield f"From the first start to the last end {duration(run['wall_seconds'])}, {waited};"
         yield f"goodput {percent(account['goodput'])} of the device-time, ETTR {percent(run['ettr'])} of that{mfu}"
-    if account["a100_days"] is not None and account["device_days"] >= 0.1:
+    if account["a100_days"] is not None and account["device_days"] >= 1:
         yield f"A100-equivalent days {digits(account['a100_days'])} (by the stated conversion)"
     if account["images_gained"]:
         yield (

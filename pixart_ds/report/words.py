@@ -41,6 +41,6 @@ def unit(account: Mapping[str, Any]) -> tuple[str, str, float]:
 
     V100-days where all devices were V100s; hours where they are few.
     """
-    if account["device_days"] < 0.1:
+    if account["device_days"] < 1:
         return "device-hours", "device_hours", 24.0
     return ("V100-days" if account["v100_days"] is not None else "device-days"), "device_days", 1.0

@@ -230,7 +230,7 @@ class AttemptRecord:
         return outcome
 
     def _judge(self, asked: str | None, failure: RankFailure | None) -> dict[str, Any]:
-        if self._entry is None:
+        if self._entry is None and failure is None:
             return {
                 "outcome": "stopped",
                 "cause": f"{asked}, before the ranks were started",

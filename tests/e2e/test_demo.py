@@ -45,7 +45,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_every_stage_is_done_and_one_was_stopped_and_resumed_on_fewer_processes(demo: tuple[Path, str]) -> None:
     out, text = demo
-    rows = json.loads(call("status", out / "run", "--json").stdout)
+    rows = json.loads(call("status", out / "run", "--json").stdout)["stages"]
     assert [(row["stage"], row["state"]) for row in rows] == [(stage, "done") for stage in STAGES]
     assert [row["outcomes"] for row in rows] == [["done"], ["done"], ["stopped", "done"], ["done"], ["done"]]
     interrupted = RunLayout(out / "run").stage("stage3_256")
@@ -122,7 +122,7 @@ def test_running_it_again_does_nothing_twice(demo: tuple[Path, str]) -> None:
     answer = call("demo", "--size", "smoke", "--out", demo[0])
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count("is done already") == 5
-    rows = json.loads(call("status", demo[0] / "run", "--json").stdout)
+    rows = json.loads(call("status", demo[0] / "run", "--json").stdout)["stages"]
     assert [row["attempts"] for row in rows] == [1, 1, 2, 1, 1]
 
 

@@ -171,15 +171,15 @@ def check_accounts(run: Path, stage: StageLayout) -> None:
     answer = call("audit", run)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert answer.stdout.startswith("stage1: proven\n")
-    rows = json.loads(call("status", run, "--json").stdout)
+    rows = json.loads(call("status", run, "--json").stdout)["stages"]
     assert (rows[0]["state"], rows[0]["outcomes"]) == ("done", ["stopped"] * 4 + ["done"])
     command = [sys.executable, ROOT / "tools/cost_report.py", run, "--format", "json"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    (report,) = [part for part in json.loads(answer.stdout)["stages"] if part["stage"] == "stage1"]
+    (report,) = [part for part in json.loads(answer.stdout)["runs"][0]["stages"] if part["stage"] == "stage1"]
     attempts: list[dict[str, Any]] = report["attempts"]
     assert [entry["outcome"] for entry in attempts] == ["stopped"] * 4 + ["done"]
-    assert sum(entry["images"] for entry in attempts) == BATCH * test_same_run.STEPS
+    assert sum(entry["account"]["images"] for entry in attempts) == BATCH * test_same_run.STEPS
     for attempt in stage.all_attempts():
         lines = list(files.read_json_lines(attempt.ledger))
         assert [line["outcome"] for line in (lines[0], lines[-1])] == [

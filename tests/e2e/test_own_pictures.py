@@ -37,8 +37,8 @@ def test_own_pictures_go_the_whole_way(tmp_path: Path) -> None:
     assert "What the judge reads" not in answer.stdout
     skipped = [json.loads(line)["picture"] for line in (tmp_path / "out/data/skipped.jsonl").read_text().splitlines()]
     assert skipped == ["cats/IMG 1.JPG"]
-    config = json.loads(call("status", tmp_path / "out/run", "--json").stdout)
-    assert [row["state"] for row in config] == ["done"] * 5
+    shown = json.loads(call("status", tmp_path / "out/run", "--json").stdout)
+    assert [row["state"] for row in shown["stages"]] == ["done"] * 5
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 

@@ -28,7 +28,7 @@ def test_all_stages_train_from_the_store_and_it_stops(tmp_path: Path) -> None:
     out = tmp_path / "out"
     answer = pixart("demo", "--size", "smoke", "--store", "s3", "--out", out)
     assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-3000:]
-    rows = json.loads(pixart("status", out / "run", "--json").stdout)
+    rows = json.loads(pixart("status", out / "run", "--json").stdout)["stages"]
     assert [row["state"] for row in rows] == ["done"] * 5
     assert re.search(r"sent (\d+) of \1 files", answer.stdout)
     requests = list(files.read_json_lines(out / "store" / "requests.log"))

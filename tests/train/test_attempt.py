@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pixart_ds import files
+from pixart_ds.cluster.status import run_status
 from pixart_ds.config.freeze import create_run
 from pixart_ds.config.load import load_chain
 from pixart_ds.engine.environment import PARENT_PID
@@ -35,7 +36,6 @@ from pixart_ds.train.attempt import (
     images_committed,
     refuse_others,
 )
-from pixart_ds.train.status import run_status
 
 
 @pytest.fixture
@@ -280,8 +280,8 @@ def test_a_torn_line_of_the_metrics_ends_no_status(tmp_path: Path) -> None:
     attempt = run.stage("stage2").attempt(1)
     attempt.root.mkdir(parents=True)
     attempt.metrics.write_text('{"images_seen": 32, "loss"\n')
-    row = next(row for row in run_status(run) if row["stage"] == "stage2")
-    assert (row["state"], row["images_seen"]) == ("running or lost", 0)
+    row = next(row for row in run_status(run)["stages"] if row["stage"] == "stage2")
+    assert (row["state"], row["images_seen"]) == ("running", 0)
 
 
 def test_it_is_kept_in_a_thread_and_a_full_disk_is_told(stage: StageLayout, monkeypatch: pytest.MonkeyPatch) -> None:
