@@ -124,8 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--profile", help="submit a job that does it on the stage's nodes, for this site")
     verb.add_argument("--time", help="limit of the job, as sbatch reads it")
-    for name in ("partition", "account", "qos", "constraint"):
-        verb.add_argument(f"--{name}", help="in place of the profile's")
+    _site_options(verb)
     _sets(verb, "execution.KEY=VALUE")
     _update_code(verb)
     _dry_run(verb)
@@ -248,8 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--nodes", help="8, or 4-8 for what can be had between the two")
     verb.add_argument("--time", help="limit of one attempt, as sbatch reads it: HH:MM:SS, D-HH:MM:SS, minutes")
-    for name in ("partition", "account", "qos", "constraint"):
-        verb.add_argument(f"--{name}", help="in place of the profile's")
+    _site_options(verb)
     _sets(verb, "execution.KEY=VALUE")
     _update_code(verb)
     _dry_run(verb)
@@ -274,8 +272,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a job, or an array such as one that prepares the data, that must end well before the stage (default: the first)",
     )
     verb.add_argument("--retry", action="store_true", help="submit a stage that has failed once more")
-    for name in ("partition", "account", "qos", "constraint"):
-        verb.add_argument(f"--{name}", help="in place of the profile's")
+    _site_options(verb)
     _sets(verb, "STAGE.KEY=VALUE")
     _update_code(verb)
     _dry_run(verb)
@@ -411,6 +408,11 @@ def _sets(verb: argparse.ArgumentParser, form: str = "KEY.PATH=VALUE") -> None:
     verb.add_argument(
         "--set", dest="sets", action="append", default=[], metavar=form, help="override a key; may be repeated"
     )
+
+
+def _site_options(verb: argparse.ArgumentParser) -> None:
+    for name in ("partition", "account", "qos", "constraint"):
+        verb.add_argument(f"--{name}", help="in place of the profile's")
 
 
 def _json(verb: argparse.ArgumentParser) -> None:

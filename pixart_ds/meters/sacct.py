@@ -14,13 +14,12 @@ from pixart_ds.errors import DataError, MachineError
 from pixart_ds.layout import RunLayout
 from pixart_ds.ledger.sacct import COLUMNS, DELIMITER, Allocation, from_json, to_json
 
-_TIMEOUT_S = 60.0
 _AT_ONCE = 200
 """Jobs that one command names: its line stays below 4 kB."""
 _NUMBER = re.compile(r"\d+([_+]\d+)?")
 
 
-def ask(jobs: Collection[str]) -> str | None:
+def ask(jobs: Collection[str], patience_s: float = 60.0) -> str | None:
     """What Slurm has in its books of these jobs now, for `ledger.sacct.parse`; None where there is no sacct.
 
     Args:
@@ -28,20 +27,21 @@ def ask(jobs: Collection[str]) -> str | None:
             of Slurm's is passed over: sacct would refuse all of them. Jobs that Slurm does not know (any more) have no rows.
 
     Raises:
-        MachineError: sacct refuses, or does not answer.
+        MachineError: sacct refuses, or does not answer in `patience_s` seconds.
     """
     program = shutil.which("sacct")
     if program is None:
         return None
     numbers = sorted({job for job in jobs if _NUMBER.fullmatch(job)})
-    end = time.monotonic() + _TIMEOUT_S
+    end = time.monotonic() + patience_s
     header = DELIMITER.join(COLUMNS) + "\n"  # with no job at all it is the answer: sacct would take none for all
     return header + "".join(
-        _answer(program, numbers[first : first + _AT_ONCE], end) for first in range(0, len(numbers), _AT_ONCE)
+        _answer(program, numbers[first : first + _AT_ONCE], end, patience_s)
+        for first in range(0, len(numbers), _AT_ONCE)
     )
 
 
-def _answer(program: str, jobs: list[str], end: float) -> str:
+def _answer(program: str, jobs: list[str], end: float, patience_s: float) -> str:
     """Rows of some jobs, with a header, until the monotonic clock is at `end`."""
     # A start's own clock, and not the caller's zone. -S, since without it some releases show only today's.
     argv = [program, "-X", "-D", "-P", "--noconvert", "-S", "2020-01-01", f"--delimiter={DELIMITER}"]
@@ -59,7 +59,7 @@ def _answer(program: str, jobs: list[str], end: float) -> str:
             env={**os.environ, "SLURM_TIME_FORMAT": "%s", "TZ": "UTC", "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired as cause:
-        raise _refused(f"no answer in {_TIMEOUT_S:.0f} s", program) from cause
+        raise _refused(f"no answer in {patience_s:.0f} s", program) from cause
     except OSError as cause:
         raise _refused(cause.strerror or str(cause), program) from cause
     if answer.returncode or DELIMITER.join(COLUMNS) not in answer.stdout:

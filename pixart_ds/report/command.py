@@ -47,6 +47,9 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+_HASTE_S = 10.0
+
+
 def render(
     runs: Sequence[Path], form: str, choices: Mapping[str, Any], rows: Mapping[Path, SlurmRows] | None = None
 ) -> str:
@@ -79,7 +82,8 @@ def write_page(run_folder: Path) -> None:
         PixArtError, OSError: It cannot be made; the old one stays.
     """
     run_layout = RunLayout(run_folder)
-    rows = {run_folder: found} if (found := ask_slurm(run_layout)) else None
+    found = ask_slurm(run_layout, _HASTE_S)  # the job holds its nodes meanwhile
+    rows = {run_folder: found} if found else None
     files.write_text(run_layout.report, render([run_folder], "html", {}, rows))
 
 
@@ -124,7 +128,7 @@ def _dumped(runs: Sequence[Path], path: Path) -> dict[Path, SlurmRows]:
     return found
 
 
-def ask_slurm(layout: RunLayout) -> SlurmRows | None:
+def ask_slurm(layout: RunLayout, patience_s: float = 60.0) -> SlurmRows | None:
     """What Slurm says of a run's jobs, beside what it said before; None for a run without jobs."""
     jobs = jobs_of(layout, read_book(layout.root))
     if not jobs:
@@ -133,7 +137,7 @@ def ask_slurm(layout: RunLayout) -> SlurmRows | None:
     answered: Sequence[sacct.Allocation] = ()
     source = "as recorded before; there is no sacct here"
     try:
-        if (answer := slurm.ask(jobs)) is not None:
+        if (answer := slurm.ask(jobs, patience_s)) is not None:
             dump = sacct.of_jobs(sacct.parse(answer, "sacct"), jobs)
             problems += dump.problems
             answered = dump.allocations

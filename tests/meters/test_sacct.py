@@ -96,11 +96,10 @@ def test_no_job_at_all_is_not_every_job(program: Path) -> None:
         ("exec sleep 60", "no answer in 1 s"),
     ],
 )
-def test_a_refusal_is_told(program: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str) -> None:
-    monkeypatch.setattr(sacct, "_TIMEOUT_S", 1.0)
+def test_a_refusal_is_told(program: Path, script: str, said: str) -> None:
     says(program, script)
     with pytest.raises(MachineError) as caught:
-        sacct.ask(["7"])
+        sacct.ask(["7"], patience_s=1.0)
     assert str(caught.value).startswith("sacct gives no account: ")
     assert said in str(caught.value)
     assert "slurmdbd" in str(caught.value)
