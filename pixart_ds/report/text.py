@@ -22,8 +22,7 @@ def page(values: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for run in values["runs"]:
         lines += [*_run(run), ""]
-    if len(values["runs"]) > 1:
-        lines += [*_together(values), ""]
+    lines += [*_together(values), ""] if len(values["runs"]) > 1 else [*_groups(values), ""]
     lines += ["Assumptions:", *_listed(values["assumptions"]["lines"]), "", *_paper(values["paper"])]
     return "\n".join(lines)
 
@@ -110,7 +109,7 @@ def _summary(run: Mapping[str, Any]) -> Iterator[str]:
         mfu = "" if account["mfu"] is None else f", MFU {percent(account['mfu'])}"
         waited = f"of which {duration(run['waited_seconds'])} without an allocation"
         yield f"From the first start to the last end {duration(run['wall_seconds'])}, {waited};"
-        yield f"goodput {percent(account['goodput'])} of the device-time, ETTR {percent(run['ettr'])} of that{mfu}"
+        yield f"goodput {percent(account['goodput'])} of the device-time, ETTR {percent(run['ettr'])} of the time{mfu}"
     if account["a100_days"] is not None and account["device_days"] >= 1:
         yield f"A100-equivalent days {digits(account['a100_days'])} (by the stated conversion)"
     if account["images_gained"]:
@@ -174,6 +173,15 @@ def _slurm(run: Mapping[str, Any]) -> Iterator[str]:
         yield f"  job {row['job']} ({row['state']}): {row['gpu_seconds']:,} GPU-seconds without an attempt, unattributed above"
     if found["not_in_slurm"]:
         yield f"  not in Slurm's account, by the ledger alone: {', '.join(found['not_in_slurm'])}"
+
+
+def _groups(values: Mapping[str, Any]) -> Iterator[str]:
+    """Of one run: a line for its states, and one for its users."""
+    name, key, _ = unit(values["account"])
+    for title, groups in (("how attempts ended", values["by_state"]), ("user", values["by_user"])):
+        told = ", ".join(f"{group} {digits(account[key])}" for group, account in groups.items())
+        if told:
+            yield from textwrap.wrap(f"{name} by {title}: {told}", _WIDTH, subsequent_indent="  ")
 
 
 def _together(values: Mapping[str, Any]) -> Iterator[str]:

@@ -122,6 +122,8 @@ def test_the_page_for_people(tmp_path: Path) -> None:
         "grid DEU: 381 g CO2e/kWh (2023), location-based",
         "A100-equivalent days are V100-days × 0.4545",
         "A100-equivalent days 14.5",
+        "V100-days by how attempts ended: done 16.0, stopped 16.0",
+        "V100-days by user: ada 16.0, grace 16.0",
         "1,656 V100-days, 753 A100-days, $28,400",
         "embodied emissions, not in the CO2e above",
     ):
