@@ -48,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 _HASTE_S = 10.0
+_MANY = 1000
 
 
 def render(
@@ -62,8 +63,9 @@ def render(
         rows: Slurm's account of runs.
     """
     values = build(runs, choices, rows)
-    if form == "json":
-        return json.dumps(values, indent=2, ensure_ascii=False)
+    if form == "json":  # nobody reads thousands of attempts, and json indents slowly
+        many = sum(len(stage["attempts"]) for run in values["runs"] for stage in run["stages"]) > _MANY
+        return json.dumps(values, indent=None if many else 2, ensure_ascii=False)
     if form == "csv":
         return tables.to_csv(values)
     if form == "md":
