@@ -39,11 +39,11 @@ def unpack(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_job_unpacks_it_before_the_supervisor_and_starts_its_python(tmp_path: Path) -> None:
-    keys = "environment_archive: /work/env.tar.zst\nenvironment_folder: $TMPDIR/env"
+    keys = "environment_archive: /project/env.tar.zst\nenvironment_folder: $TMPDIR/env"
     lines = JobSpec(load_stage("stage2"), load_profile(profile_of(tmp_path, keys)), PLACE).render().splitlines()
     (step,) = [number for number, line in enumerate(lines) if line.startswith("srun ")]
     assert lines[step - 1] == 'export VENV="$TMPDIR/env"'
-    assert lines[step].endswith('bash /runs/a/code/0123/slurm/unpack.sh /work/env.tar.zst "$VENV" || exit 3')
+    assert lines[step].endswith('bash /runs/a/code/0123/slurm/unpack.sh /project/env.tar.zst "$VENV" || exit 3')
     assert lines.index("source /runs/a/code/0123/slurm/setup.sh") > step
     assert lines[-1].startswith('exec "$VENV/bin/python" -m pixart_ds train "$RUN" stage2 --launcher srun')
     assert "/venv" not in "\n".join(lines)
@@ -59,7 +59,7 @@ def test_without_it_nothing_is_unpacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("environment_archive: /work/env.tar", "go together"),
+        ("environment_archive: /project/env.tar", "go together"),
         ("environment_folder: /scratch/env", "go together"),
         ("environment_archive: env.tar\nenvironment_folder: /scratch/env", "environment_archive: string should match"),
         ("environment_archive: /e.zip\nenvironment_folder: /scratch/env", "environment_archive: string should match"),
