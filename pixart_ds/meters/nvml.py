@@ -30,7 +30,7 @@ class NvmlReader:
         self._tdp = tdp
         self._notes = Notes()
         self._lacks: set[tuple[int, str]] = set()
-        self._nvml = nvml if nvml is not None else _pynvml()
+        self._nvml = nvml if nvml is not None else load_pynvml()
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError as cause:
@@ -140,7 +140,12 @@ def visible_gpus(value: str | None, count: int) -> list[str]:
     return names[:count]
 
 
-def _pynvml() -> Any:
+def load_pynvml() -> Any:
+    """NVIDIA's module, where it is installed.
+
+    Raises:
+        MachineError: It is not.
+    """
     try:
         import pynvml
     except ImportError as cause:

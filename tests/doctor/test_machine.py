@@ -13,6 +13,7 @@ import pytest
 from pixart_ds.doctor.probes import machine
 from pixart_ds.layout import RunLayout
 from tests.doctor.subjects import make_run, subject
+from tests.helpers.disk import small_disk
 
 
 @pytest.fixture
@@ -20,18 +21,11 @@ def run(tmp_path: Path) -> RunLayout:
     return make_run(tmp_path)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def _small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 400 kB with 100 inodes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k,nr_inodes=100", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a disk of its own can only be mounted as root, in a container that may")
-    try:
+    with small_disk(tmp_path / "disk", "size=400k,nr_inodes=100") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def files_of(folder: Path) -> set[Path]:

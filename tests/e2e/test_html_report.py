@@ -43,15 +43,16 @@ def browser() -> str:
     if found is not None:
         return found
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        pytest.skip("there is no Chromium, and no root with apt-get to install it")
+        pytest.skip(
+            "there is no Chromium, and no root with apt-get to install it"
+        )  # the only reason: else it must work
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     apt = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "-qq"]
     for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
         answer = subprocess.run([*apt, *words], env=environment, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            pytest.skip(f"there is no Chromium, and apt-get cannot install it: {answer.stderr[-300:]}")
-    if not _works(program := shutil.which("chromium")):
-        pytest.skip("the package chromium of this distribution does not run here")
+        assert answer.returncode == 0, f"apt-get cannot install Chromium: {answer.stderr[-300:]}"
+    program = shutil.which("chromium")
+    assert _works(program), "the package chromium of this distribution does not run here"
     assert program is not None
     return program
 

@@ -29,6 +29,7 @@ from pixart_ds.errors import CheckpointError, MachineError
 from pixart_ds.layout import MANIFEST_NAME, MARKER_NAME, StageLayout, rank_file_name
 from tests.engine.flat import FlatEngine, content, layout_of
 from tests.engine.golden.make import STATE, expected
+from tests.helpers.disk import small_disk
 from tests.helpers.launch import ROOT
 
 WORLDS = (1, 2, 3, 4, 6, 8, 48, 64)
@@ -308,18 +309,11 @@ def test_what_speaks_against_a_whole_checkpoint_is_an_error_not_a_step_back(tmp_
     assert not shelf.engine.shard("master").ge(0).any(), "nothing was overwritten"
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def _small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 400 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a disk of its own can only be mounted as root, in a container that may")
-    try:
+    with small_disk(tmp_path / "disk") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_up_meanwhile_leaves_the_older_checkpoint(

@@ -19,6 +19,7 @@ from pixart_ds.data.loader import Loader
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.errors import ConfigError, DataError
 from pixart_ds.plan.order import Order
+from tests.helpers.disk import small_disk
 from tests.helpers.faulty_proxy import Fault, FaultyProxy
 from tests.helpers.s3 import S3Server
 from tests.helpers.sets import tiny_set
@@ -253,15 +254,8 @@ def test_a_bad_shard_is_named_with_the_sample_that_needs_it(
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 320 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:  # root may, as in CI; few others
-        pytest.skip("a file system of a stated size needs the right to mount one")
-    try:
+    with small_disk(tmp_path / "disk", "size=320k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_makes_room_for_itself(s3: S3Server, bucket: str, tmp_path: Path, disk: Path) -> None:

@@ -81,7 +81,7 @@ def _if_told(nvml: Any, call: Callable[[], Any]) -> Any:
 
 def main() -> int:
     try:
-        nvml = meter._pynvml()
+        nvml = meter.load_pynvml()
     except MachineError as error:
         print(error.what, file=sys.stderr)
         return EXIT_MACHINE
