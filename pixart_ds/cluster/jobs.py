@@ -109,11 +109,7 @@ class JobSpec:
             yield "#SBATCH --exclusive"
         yield header_option("gres", profile.gres or f"gpu:{profile.gpus_per_node}")
         yield f"#SBATCH --time={self.time}"
-        for key, value in profile.sbatch.items():
-            if value is not False:
-                yield f"#SBATCH --{key}" if value is True else header_option(key, value)
-        if self.exclude:
-            yield header_option("exclude", ",".join(self.exclude))
+        yield from further_options(profile, self.exclude)
         yield header_option("output", self.place.output if self.place else f"{self.name}-%j.out")
         yield "# A preempted or requeued job starts again and resumes; its output goes on in the same file."
         yield "#SBATCH --requeue" if profile.requeue else "#SBATCH --no-requeue"
@@ -197,6 +193,15 @@ def cache_settings(profile: Profile) -> list[str]:
     """The profile's cache as overrides of a stage."""
     given = {} if profile.cache is None else profile.cache.model_dump(exclude_unset=True)
     return [f"execution.cache.{key}={value}" for key, value in given.items()]
+
+
+def further_options(profile: Profile, exclude: Sequence[str]) -> Iterator[str]:
+    """Lines of the header: what the profile adds, and the nodes that are left out."""
+    for key, value in profile.sbatch.items():
+        if value is not False:
+            yield f"#SBATCH --{key}" if value is True else header_option(key, value)
+    if exclude:
+        yield header_option("exclude", ",".join(exclude))
 
 
 def header_option(key: str, value: object) -> str:

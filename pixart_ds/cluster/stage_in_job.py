@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_ds.cluster import bad_nodes, frozen
-from pixart_ds.cluster.jobs import Place, cache_settings, header_option, job_name
+from pixart_ds.cluster.jobs import Place, cache_settings, further_options, header_option, job_name
 from pixart_ds.cluster.slurm import call, own_jobs
 from pixart_ds.config.profile import Profile
 from pixart_ds.config.schema import StageConfig
@@ -70,11 +70,7 @@ class StageInJob:
         yield "# One task on each node; it needs no GPU."
         yield "#SBATCH --ntasks-per-node=1"
         yield f"#SBATCH --time={profile.time_of(self.stage.name)}"
-        for key, value in profile.sbatch.items():
-            if value is not False:
-                yield f"#SBATCH --{key}" if value is True else header_option(key, value)
-        if self.exclude:
-            yield header_option("exclude", ",".join(self.exclude))
+        yield from further_options(profile, self.exclude)
         yield header_option("output", self.place.output)
         yield "# Started again, it keeps what is there."
         yield "#SBATCH --requeue" if profile.requeue else "#SBATCH --no-requeue"

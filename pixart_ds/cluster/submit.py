@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -21,11 +20,12 @@ from pixart_ds.config.budget import read_budget
 from pixart_ds.config.load import validate
 from pixart_ds.config.profile import Profile, node_range, seconds_of
 from pixart_ds.config.schema import StageConfig
-from pixart_ds.errors import ConfigError, DataError, MachineError
+from pixart_ds.errors import ConfigError, MachineError
 from pixart_ds.layout import RunLayout
 from pixart_ds.ledger.book import furthest
 from pixart_ds.ledger.budget import figure, refuse_used_up, rows, spent
 from pixart_ds.plan.estimate import Machines, estimate_stage
+from pixart_ds.train.interval import checkpoint_interval_s
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def check(run: RunLayout, stage: StageConfig, profile: Profile, has: Sequence[Pa
         problems.append(
             f"time {profile.time_of(stage.name)} is not even twice warning_s ({profile.warning_s} s): it would do nothing but stop"
         )
-    interval_s = checkpoint_interval_s(run, stage, profile)
+    interval_s = checkpoint_interval_s(run, stage, lambda: _estimated_rate(stage, profile))
     if interval_s is not None and limit_s - profile.warning_s < interval_s:
         every = stage.checkpoint.every
         said = "" if every is None else f" (every {every.in_steps(stage.global_batch_size):,} steps)"
@@ -225,32 +225,11 @@ def _estimated(stage: StageConfig, profile: Profile) -> dict[str, Any] | None:
         return None
 
 
-def checkpoint_interval_s(run: RunLayout, stage: StageConfig, profile: Profile) -> float | None:
-    """Seconds between two recovery checkpoints on the fewest nodes: as measured in the run, else as estimated; None if unknown."""
-    if (
-        stage.checkpoint.every is None
-    ):  # by Daly's rule it follows from what a save costs, and is well below the mean time given
-        hours = stage.checkpoint.mean_time_between_failures_hours
-        return None if hours is None else math.sqrt(2 * 60.0 * 3600 * hours)
-    images = stage.checkpoint.every.in_images(stage.global_batch_size)
-    if (rate := _measured(run, stage)) is not None:
-        return images / rate
-    if (found := _estimated(stage, profile)) is None:
-        return None
-    rate = found["images_per_second_per_gpu"]
-    return None if rate is None else float(images / (rate * found["gpus"]))
-
-
-def _measured(run: RunLayout, stage: StageConfig) -> float | None:
-    """Images a second of the newest attempt that has said it."""
-    for attempt in reversed(run.stage(stage.name).all_attempts()):
-        try:
-            row = files.last_json_line(attempt.metrics)
-        except DataError:  # a line that a killed launch left torn
-            continue
-        if row and row.get("images_per_second"):
-            return float(row["images_per_second"])
-    return None
+def _estimated_rate(stage: StageConfig, profile: Profile) -> float | None:
+    """Images a second of all GPUs on the fewest nodes; None if it cannot be estimated."""
+    found = _estimated(stage, profile)
+    each = None if found is None else found["images_per_second_per_gpu"]
+    return None if found is None or each is None else float(each * found["gpus"])
 
 
 def _refuse_second(spec: JobSpec) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 
-from pixart_ds import files
 from pixart_ds.config.profile import Profile, seconds_of
 from pixart_ds.doctor.ask import program
 from pixart_ds.doctor.check import Check, failed, ok, skipped, warning
 from pixart_ds.doctor.probes.config import estimate_of
 from pixart_ds.doctor.subject import Subject
 from pixart_ds.engine.environment import TORCH_NAMES
-from pixart_ds.errors import DataError
 from pixart_ds.log import duration
+from pixart_ds.train import interval
 
 _WARNING_S = 300
 """As `pixart-ds train --warning` and profiles have it."""
-_SAVE_S = 60.0
-"""What a save is assumed to cost, where the interval follows from it."""
 _NO_JOB = "this process runs in no job of Slurm"
 
 # ---- judgements: pure --------------------------------------------------------------------------------------------------
@@ -235,25 +231,17 @@ def _job(subject: Subject) -> dict[str, str] | str:
 
 
 def checkpoint_interval_s(subject: Subject) -> float | None:
-    """Seconds between two checkpoints: by Daly's rule, as the run has measured it, else as estimated; None if unknown."""
-    run, stage = subject.run, subject.stage
-    if run is None or stage is None:
+    """Seconds between two checkpoints; None if unknown, or without a run and a stage."""
+    if subject.run is None or subject.stage is None:
         return None
-    if stage.checkpoint.every is None:
-        hours = stage.checkpoint.mean_time_between_failures_hours
-        return None if hours is None else math.sqrt(2 * _SAVE_S * 3600 * hours)
-    images = stage.checkpoint.every.in_images(stage.global_batch_size)
-    for attempt in reversed(run.stage(stage.name).all_attempts()):
-        try:
-            row = files.last_json_line(attempt.metrics)
-        except DataError:  # a line that a killed launch left torn
-            continue
-        if row and row.get("images_per_second"):
-            return float(images / row["images_per_second"])
-    estimated = estimate_of(subject)
-    if estimated is None or estimated["images_per_second_per_gpu"] is None:
-        return None
-    return float(images / (estimated["images_per_second_per_gpu"] * estimated["gpus"]))
+    return interval.checkpoint_interval_s(subject.run, subject.stage, lambda: _estimated_rate(subject))
+
+
+def _estimated_rate(subject: Subject) -> float | None:
+    """Images a second of all GPUs; None if it cannot be estimated."""
+    found = estimate_of(subject)
+    each = None if found is None else found["images_per_second_per_gpu"]
+    return None if found is None or each is None else float(each * found["gpus"])
 
 
 FULL = (variables, gpus, requeue, time_limit, partition)
