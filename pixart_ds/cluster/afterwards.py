@@ -96,10 +96,11 @@ def _exclude(job: Job, waiting: Slurm) -> None:
     job.log.event(f"job {waiting.job} leaves out {said}" if refusal is None else f"nodes cannot be left out: {refusal}")
 
 
-def nothing_to_do(slurm: Slurm | None, log: Log) -> int:
-    """The stage is done: jobs that wait behind this one are not needed."""
+def nothing_to_do(slurm: Slurm | None, run: RunLayout, stage: str, log: Log) -> int:
+    """The stage is done: jobs that wait behind this one are not needed, and the next stage's may have been left held."""
     if slurm is not None:
         _withdraw_successors(slurm, log)
+        release_behind(run, stage, log)
     return EXIT_DONE
 
 

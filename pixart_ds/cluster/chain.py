@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from pixart_ds import files
 from pixart_ds.cluster import submit
-from pixart_ds.cluster.jobs import job_name
+from pixart_ds.cluster.jobs import dependencies, job_name
 from pixart_ds.cluster.queue import WAITS, queue
 from pixart_ds.cluster.slurm import call
 from pixart_ds.config.freeze import read_stage
 from pixart_ds.config.profile import Profile
 from pixart_ds.config.schema import StageConfig
-from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXITS_THAT_TELL, ConfigError, MachineError
+from pixart_ds.errors import EXIT_BUG, EXIT_DATA, EXIT_DONE, EXITS_THAT_TELL, ConfigError, MachineError
 from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
 from pixart_ds.plan.chain import Action, StageFacts, decide
 
@@ -92,7 +92,7 @@ def run_chain(run: RunLayout, profile: Profile, wishes: Wishes, check: Check) ->
         MachineError: Slurm is not here, or refuses.
     """
     stages = {name: read_stage(run, name) for name in files.read_json(run.manifest)["stages"]}
-    actions = decide([facts_of(run, stage) for stage in stages.values()], wishes.retry)
+    actions = decide([facts_of(run, stage) for stage in stages.values()], wishes.retry, wishes.after)
     for action in actions:  # all that can be known, before the first is submitted
         if action.do == "submit":
             # what prepares the first stage's data may prepare the others', too
@@ -176,18 +176,18 @@ def _do(
         return _submit(run, stage, profile, action, before, wishes)
     if action.do == "mend":
         if not wishes.dry_run:
-            _mend(action.jobs, before)
+            _mend(action.jobs, profile, [*_others(stage, wishes), *before])
         return Done(action, action.jobs)
     if action.do == "tell":
-        failure = failure_of(run.stage(stage.name))
-        return Done(action, (), exit_code=EXIT_BUG if failure is None else failure[1])
+        failure = None if action.jobs else failure_of(run.stage(stage.name))
+        return Done(action, action.jobs, exit_code=EXIT_DATA if failure is None else failure[1])
     return Done(action, action.jobs)
 
 
 def _submit(
     run: RunLayout, stage: StageConfig, profile: Profile, action: Action, before: Sequence[str], wishes: Wishes
 ) -> Done:
-    waits = wishes.after[stage.name].split(":") if stage.name in wishes.after else []
+    waits = _others(stage, wishes)
     held = None
     if action.behind is not None and not profile.requeue:
         held = f"{WAITS} {action.behind}"  # its job will end, and end well, before its stage is done
@@ -205,9 +205,14 @@ def _submit(
     return Done(action, done.jobs, done.notes)
 
 
-def _mend(jobs: Sequence[str], before: Sequence[str]) -> None:
-    """Gives jobs that wait another dependency, or none; they keep their place in the queue."""
-    wanted = ":".join(["afterok", *before]) if before else ""
+def _others(stage: StageConfig, wishes: Wishes) -> list[str]:
+    """Jobs of another kind that the stage is to wait for."""
+    return wishes.after[stage.name].split(":") if stage.name in wishes.after else []
+
+
+def _mend(jobs: Sequence[str], profile: Profile, before: Sequence[str]) -> None:
+    """Gives jobs that wait another dependency, or none; they keep their place in the queue, and pairs stay behind each other."""
+    wanted = dependencies(profile, before)
     for job in jobs:
         answer = call("scontrol", "update", f"JobId={job}", f"Dependency={wanted}")
         if answer.returncode:

@@ -125,11 +125,8 @@ class JobSpec:
 
     def _dependencies(self) -> Iterator[str]:
         """What it waits for."""
-        waits = ([] if self.profile.requeue else ["singleton"]) + (
-            [":".join(["afterok", *self.after])] if self.after else []
-        )
-        if waits:
-            yield f"#SBATCH --dependency={','.join(waits)}"
+        if waits := dependencies(self.profile, self.after):
+            yield f"#SBATCH --dependency={waits}"
         if self.held is not None:
             yield "# Released when the stage before it is done."
             yield HOLD
@@ -193,6 +190,12 @@ def cache_settings(profile: Profile) -> list[str]:
     """The profile's cache as overrides of a stage."""
     given = {} if profile.cache is None else profile.cache.model_dump(exclude_unset=True)
     return [f"execution.cache.{key}={value}" for key, value in given.items()]
+
+
+def dependencies(profile: Profile, after: Sequence[str]) -> str:
+    """What a job waits for, as sbatch takes it: that these jobs end well, and where jobs go in pairs, those of its own name."""
+    own = [] if profile.requeue else ["singleton"]
+    return ",".join([*own, *([":".join(["afterok", *after])] if after else [])])
 
 
 def further_options(profile: Profile, exclude: Sequence[str]) -> Iterator[str]:

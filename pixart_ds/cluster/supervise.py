@@ -97,7 +97,7 @@ def supervise(
     with requests:
         record = AttemptRecord.begin(RunLayout(run).stage(stage), device, log)
         if record is None:
-            return afterwards.nothing_to_do(slurm if successor else None, log)
+            return afterwards.nothing_to_do(slurm if successor else None, RunLayout(run), stage, log)
         allocation = None
         try:
             if slurm is not None:

@@ -68,7 +68,7 @@ class Action:
     behind: str | None = None
 
 
-def decide(stages: Sequence[StageFacts], retry: bool = False) -> list[Action]:
+def decide(stages: Sequence[StageFacts], retry: bool = False, after: Collection[str] = ()) -> list[Action]:
     """An action for each stage, in the chain's sequence.
 
     What is done is passed over, and what is queued or running is left alone, as long as it can ever begin. What failed is told, and
@@ -76,7 +76,8 @@ def decide(stages: Sequence[StageFacts], retry: bool = False) -> list[Action]:
 
     Args:
         stages: In the chain's sequence.
-        retry: Whether failed stages are submitted again.
+        retry: Whether failed stages are submitted again, and whether those go on that wait for another job that failed.
+        after: Stages for which such a job was named anew.
     """
     by_name = {stage.name: stage for stage in stages}
     stuck: set[str] = set()
@@ -85,7 +86,7 @@ def decide(stages: Sequence[StageFacts], retry: bool = False) -> list[Action]:
     for stage in stages:
         origin = None if stage.origin is None else by_name[stage.origin]
         behind = None if origin is None or origin.done else origin.name
-        action = _of_stage(stage, behind, origin, retry, stuck, replaced)
+        action = _of_stage(stage, behind, origin, retry or stage.name in after, stuck, replaced)
         if action.do in ("tell", "wait"):
             stuck.add(stage.name)
         if action.do == "submit":
@@ -110,18 +111,25 @@ def _of_stage(
     if behind in stuck:
         return Action(name, "wait", f"comes after {behind}", numbers, behind)
     if stage.jobs:
-        return _of_waiting(stage, behind, origin, replaced)
+        return _of_waiting(stage, behind, origin, retry, replaced)
     if stage.failure is not None and not retry:
         return Action(name, "tell", stage.failure)
     again = "again, after a failure" if stage.failure is not None else "from its newest checkpoint, or its beginning"
     return Action(name, "submit", again, behind=behind)
 
 
-def _of_waiting(stage: StageFacts, behind: str | None, origin: StageFacts | None, replaced: Collection[str]) -> Action:
+def _of_waiting(
+    stage: StageFacts, behind: str | None, origin: StageFacts | None, retry: bool, replaced: Collection[str]
+) -> Action:
     """Jobs that wait are left alone, unless what they wait for will never be, or is no longer what they are to wait for."""
     name, numbers = stage.name, tuple(job.number for job in stage.jobs)
     never = any("DependencyNeverSatisfied" in job.reason for job in stage.jobs)
     held = any(job.held for job in stage.jobs)
+    current = {job.number for job in origin.jobs} if origin is not None else set()
+    still = behind not in replaced and any(job.after & current for job in stage.jobs)
+    if never and (still or origin is None) and not retry:
+        others = sorted({each for job in stage.jobs for each in job.after} - current)
+        return Action(name, "tell", f"waits for job {', '.join(others)}, which did not end well", numbers)
     if behind is None:
         if held or never:
             return Action(name, "mend", "what it waited for is done, or did not end well", numbers)
@@ -129,7 +137,6 @@ def _of_waiting(stage: StageFacts, behind: str | None, origin: StageFacts | None
         return Action(name, "leave", f"waits: {reason}" if reason and reason != "None" else "waits", numbers)
     if held:
         return Action(name, "leave", f"is released when {behind} is done", numbers, behind)
-    current = {job.number for job in origin.jobs} if origin is not None else set()
-    if never or behind in replaced or not any(job.after & current for job in stage.jobs):
+    if never or not still:
         return Action(name, "mend", f"waited for a job that is no more; now for the one of {behind}", numbers, behind)
     return Action(name, "leave", f"waits for {behind}", numbers, behind)

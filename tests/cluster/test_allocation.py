@@ -11,6 +11,8 @@ import pytest
 from pixart_ds.cluster import afterwards, frozen
 from pixart_ds.cluster.allocation import Allocation
 from pixart_ds.cluster.requests import Requests
+from pixart_ds.config.freeze import create_run
+from pixart_ds.config.load import load_chain
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
 from tests.cluster.test_supervise import FakeSlurm
@@ -47,5 +49,10 @@ def test_jobs_that_wait_are_no_reason_to_fail(tmp_path: Path, monkeypatch: pytes
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     output = io.StringIO()
-    assert afterwards.nothing_to_do(FakeSlurm(), Log("stage1", output)) == 0
+    run = create_run(tmp_path / "run", load_chain("smoke/chain"), "smoke/chain")
+    assert afterwards.nothing_to_do(FakeSlurm(), run, "stage1", Log("stage1", output)) == 0
     assert "left as they are: squeue: Unable to contact slurm controller" in output.getvalue()
+    assert (
+        f"stage2 is not released: squeue: Unable to contact slurm controller; `pixart-ds chain {run.root}`"
+        in output.getvalue()
+    )

@@ -93,6 +93,19 @@ def test_where_requeueing_is_forbidden_jobs_are_held_until_their_stage_is_done()
     assert told(decide([done, stage("stage2", "stage1", jobs=pair)]))[1] == ("mend", ("12", "13"), None)
 
 
+def test_an_array_that_failed_is_told_and_not_passed_over() -> None:
+    """Its data were not prepared: without a word from the user nothing trains."""
+    first = stage("stage1", jobs=(waiting("11", "71", reason="DependencyNeverSatisfied"),))
+    second = stage("stage2", "stage1", jobs=(waiting("12", "11"),))
+    found = decide([first, second])
+    assert told(found) == [("tell", ("11",), None), ("wait", ("12",), "stage1")]
+    assert found[0].why == "waits for job 71, which did not end well"
+    for again in (decide([first, second], retry=True), decide([first, second], after=["stage1"])):
+        assert told(again) == [("mend", ("11",), None), ("leave", ("12",), "stage1")]
+    both = stage("stage2", "stage1", jobs=(waiting("12", "11", "72", reason="DependencyNeverSatisfied"),))
+    assert decide([stage("stage1", jobs=(running("11"),)), both])[1].why == "waits for job 72, which did not end well"
+
+
 def test_a_stage_that_needs_no_other_does_not_wait() -> None:
     found = decide([stage("stage1", failure="no set"), stage("stage2"), stage("stage3", "stage1")])
     assert [each.do for each in found] == ["tell", "submit", "wait"]
