@@ -10,6 +10,7 @@ import ctypes
 import faulthandler
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from pixart_ds import files
 from pixart_ds.config.freeze import open_run, override_execution, read_stage
 from pixart_ds.engine.environment import PARENT_PID, RankEnvironment, read_environment
 from pixart_ds.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, PixArtError
-from pixart_ds.layout import AttemptLayout, StageLayout
+from pixart_ds.layout import AttemptLayout, RunLayout, StageLayout
 from pixart_ds.log import Log
 from pixart_ds.train.attempt import AttemptRecord, RankFailure
 from pixart_ds.train.pulse import Pulse
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pixart_ds.engine.world import World
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_REPORT_S = 30.0
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -127,9 +129,23 @@ def _own_attempt(
             failure = RankFailure(f"rank {world.rank} raised {type(error).__name__}: {error}", _tell(error))
     if record:
         outcome = record.end(stop.reason, failure)
+        _report(layout)
         if given.launcher == "alone":
             return int(outcome["exit_code"])
     return failure.code if failure else EXIT_DONE
+
+
+def _report(layout: StageLayout) -> None:
+    """Writes the run's report.html anew, as a supervisor does: by the command, since programs do not know each other."""
+    run = RunLayout(layout.root.parent)
+    command = [sys.executable, "-m", "pixart_ds", "cost", str(run.root), "--format", "html", "--out", str(run.report)]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_REPORT_S)
+        said = answer.stderr.strip() if answer.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    if said:
+        print(f"report.html is not written anew: {said}", file=sys.stderr, flush=True)
 
 
 def _tell(error: Exception) -> int:

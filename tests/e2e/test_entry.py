@@ -180,6 +180,7 @@ def check_accounts(run: Path, stage: StageLayout) -> None:
     attempts: list[dict[str, Any]] = report["attempts"]
     assert [entry["outcome"] for entry in attempts] == ["stopped"] * 4 + ["done"]
     assert sum(entry["account"]["images"] for entry in attempts) == BATCH * test_same_run.STEPS
+    assert "stage1" in (run / "report.html").read_text()
     for attempt in stage.all_attempts():
         lines = list(files.read_json_lines(attempt.ledger))
         assert [line["outcome"] for line in (lines[0], lines[-1])] == [

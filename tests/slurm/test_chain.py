@@ -67,6 +67,8 @@ def test_five_stages_with_a_preemption_a_failure_and_a_repair(
         f"stage3_256.data.sets=[{{path: {link}}}]",
     )
     chain = Chain(cluster, tmp_path / "run")
+    assert {(each["do"], *each["jobs"]) for each in chain.go("--dry-run").values()} == {("submit",)}
+    assert not chain.queue().splitlines()[1:], "it would only"
     first = chain.go()
     assert [each["do"] for each in first.values()] == ["submit"] * 5
     jobs = {stage: first[stage]["jobs"][0] for stage in STAGES}
@@ -138,8 +140,10 @@ def test_cancel_withdraws_what_waits_and_has_the_others_save(cluster: Cluster, s
     chain = Chain(cluster, tmp_path / "run")
     chain.go()
     chain.wait_images("stage1", 32 * 10)
+    one = call("cancel", chain.run, "--stage", "stage3_1024")
+    assert re.fullmatch(r"stage3_1024: job \d+ is withdrawn\n", one.stdout)
     told = call("cancel", chain.run)
-    assert re.search(r"stage3_1024: job \d+ is withdrawn", told.stdout)
+    assert re.search(r"stage3_512: job \d+ is withdrawn", told.stdout)
     assert re.search(r"stage1: job \d+ is asked to save", told.stdout)
     until(lambda: not chain.jobs("stage1"), 60, chain.queue)
     outcome = files.read_json(chain.layout.stage("stage1").attempt(1).outcome)
