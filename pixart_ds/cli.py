@@ -98,9 +98,44 @@ def _parser() -> argparse.ArgumentParser:
     verb = _add(verbs, "prepare", _prepare, "pictures and captions to a prepared set of latents and caption features")
     verb.add_argument("recipe", help="path or name of a prepare recipe")
     _sets(verb)
-    verb.add_argument("--processes", type=_positive, default=1, help="encoding processes (default 1)")
+    verb.add_argument(
+        "--only", choices=("scan", "caption", "encode", "finish"), help="one phase (default: all that is not done yet)"
+    )
+    verb.add_argument(
+        "--task",
+        type=_task,
+        metavar="K/N",
+        help="the K-th of N jobs that share the work, from 0: $SLURM_ARRAY_TASK_ID/64",
+    )
+    verb.add_argument(
+        "--processes", type=_positive, default=1, help="that scan and encode; with cuda one for each GPU (default 1)"
+    )
     verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the encoders compute")
     _dry_run(verb)
+    _json(verb)
+
+    verb = _add(verbs, "nouns", _nouns, "how rich captions are in nouns, beside the paper's data sets (Table 1)")
+    verb.add_argument(
+        "places",
+        nargs="+",
+        metavar="WHERE",
+        help="folder or s3:// address of a prepared set, or a file: .parquet, .jsonl, .json, .csv, .tsv or .txt (a caption a line)",
+    )
+    verb.add_argument("--column", help="of the captions in the files (default: the first of caption, prompt, text)")
+    verb.add_argument(
+        "--tagger",
+        type=Path,
+        metavar="FOLDER",
+        help="of NLTK's averaged_perceptron_tagger_eng (default: where NLTK looks, for example NLTK_DATA)",
+    )
+    verb.add_argument("--processes", type=_positive, default=1, help="that tag captions (default 1)")
+    _json(verb)
+
+    verb = _add(verbs, "verify", _verify, "read a whole prepared set and say all that is wrong with it, file and row")
+    verb.add_argument("set", metavar="SET", help="folder or s3:// address of the prepared set")
+    verb.add_argument(
+        "--threads", type=_positive, default=2, metavar="N", help="that read; each holds one shard (default 2)"
+    )
     _json(verb)
 
     verb = _add(verbs, "upload", _upload, "copy a prepared set into an object store; an interrupted upload goes on")
@@ -461,6 +496,13 @@ def _nodes(text: str) -> int | tuple[int, int]:
     return bounds
 
 
+def _task(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not K/N with K from 0 to N - 1")
+    return int(number), int(count)
+
+
 def _natural(text: str) -> int:
     number = int(text)
     if number < 0:
@@ -541,12 +583,45 @@ def _prepare(options: argparse.Namespace) -> int:
 
     config = load_prepare(options.recipe, options.sets)
     if options.dry_run:
-        plan = pipeline.plan_of(config)
-        _print_json(plan.summary()) if options.json else print(plan)
+        plan = pipeline.dry_run(config, options.processes)
+        _print_json(plan) if options.json else print(pipeline.words_of(plan))
         return EXIT_DONE
-    report = pipeline.prepare(config, processes=options.processes, device=options.device)
-    _print_json(report.to_json()) if options.json else print(report)
+    task = pipeline.Task(*options.task) if options.task else None
+    report = pipeline.prepare(config, only=options.only, task=task, processes=options.processes, device=options.device)
+    if options.json:
+        _print_json(report.to_json())
+        return EXIT_DONE
+    if report.page:
+        print(f"{report.page}\n")
+    print(report)
     return EXIT_DONE
+
+
+def _nouns(options: argparse.Namespace) -> int:
+    from pixart_ds.prepare.nouns import count_nouns
+
+    found = count_nouns(options.places, column=options.column, tagger=options.tagger, processes=options.processes)
+    _print_json(found.to_json()) if options.json else print(found)
+    return EXIT_DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from contextlib import ExitStack
+
+    from pixart_ds.log import Work
+    from pixart_ds.prepare.verify import verify
+
+    with ExitStack() as shown:
+        work: Work | None = None
+
+        def tell(done: int, total: int) -> None:
+            nonlocal work
+            work = work or shown.enter_context(Work("verify", total, "rows", program="verify"))
+            work.advance(done - work.done)
+
+        found = verify(options.set, threads=options.threads, report=tell)
+    _print_json(found.to_json()) if options.json else print(found)
+    return EXIT_DONE if found.sound else EXIT_DATA
 
 
 def _upload(options: argparse.Namespace) -> int:
@@ -646,8 +721,8 @@ def _budget(options: argparse.Namespace) -> int:
     from pixart_ds.config.budget import change_budget, read_budget
     from pixart_ds.config.freeze import open_run
     from pixart_ds.ledger.budget import amounts, rows, spent
+    from pixart_ds.page.words import digits
     from pixart_ds.report.text import budget_lines
-    from pixart_ds.report.words import digits
 
     run = open_run(options.run)
     changed = change_budget(run, options.sets, dry_run=options.dry_run)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_MACHINE = 3
@@ -30,6 +33,10 @@ class PixArtError(Exception):
         self.what = what
         self.where = None if where is None else str(where)
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors come back whole from other processes, whatever arguments their class takes."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         lines = [self.what]

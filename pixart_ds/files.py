@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import secrets
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,34 @@ def write_new(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> N
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def held(path: Path, what: str) -> Iterator[None]:
+    """Holds a file's lock, which the kernel frees with this process, whatever becomes of it. The file stays.
+
+    Args:
+        path: Of the lock's file; it says who holds it.
+        what: For the error, for example `the plan of this set`.
+
+    Raises:
+        MachineError: Another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as cause:
+            file.seek(0)
+            raise MachineError(
+                f"another process has {what} in hand: {file.read().strip() or 'it does not say which'}",
+                where=path,
+                remedy="wait for it, or end it first",
+            ) from cause
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -61,6 +63,25 @@ def si(number: float, unit: str = "") -> str:
     return f"{number:.3g} {unit}".rstrip()
 
 
+def _bar(stream: TextIO, *columns: str, time_left: bool = False) -> Progress | None:
+    """A bar that vanishes at its end, between its description and columns; None where the stream is no terminal.
+
+    Args:
+        stream: Where it is drawn.
+        columns: Patterns of what rich knows of a task.
+        time_left: Whether rich's own guess of it is the last column.
+    """
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    words = [TextColumn(column, markup=False) for column in columns]
+    last = [TimeRemainingColumn()] if time_left else []
+    first = TextColumn("{task.description}", markup=False)
+    return Progress(first, BarColumn(bar_width=None), *words, *last, console=Console(file=stream), transient=True)
+
+
 class ProgressBar:
     """A bar with the time left, drawn in a terminal from the newest attempt's metrics; nothing elsewhere.
 
@@ -83,18 +104,8 @@ class ProgressBar:
         self._progress: Progress | None = None
 
     def __enter__(self) -> ProgressBar:
-        if self.stream.isatty() and os.environ.get("TERM") != "dumb":
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=Console(file=self.stream), transient=True)
+        self._progress = _bar(self.stream, "{task.percentage:>3.0f} %", "{task.fields[note]}", time_left=True)
+        if self._progress is not None:
             self._progress.start()
             self._thread = threading.Thread(target=self._follow, daemon=True)
             self._thread.start()
@@ -119,3 +130,125 @@ class ProgressBar:
             if (row := self._newest()) is not None:
                 note = f"loss {row['loss']:.3f}" if row.get("loss") is not None else ""
                 self._progress.update(task, completed=row["images_seen"], note=note)
+
+
+class Work:
+    """Long work that is counted: a bar in a terminal, elsewhere a line now and then, as an `event` of a log.
+
+    Args:
+        subject: What is done, for example `encode`.
+        total: How much there is to do; None if nobody knows.
+        unit: Of what, in the plural.
+        stream: Where it is shown; None: `sys.stderr`.
+        done: How much of the total was done before; it does not count for the rate.
+        program: Who speaks in the lines.
+        every: Seconds between two lines.
+        clock: Gives seconds.
+    """
+
+    WINDOW = 120.0
+    """Seconds over which the rate is taken."""
+
+    def __init__(
+        self,
+        subject: str,
+        total: int | None,
+        unit: str,
+        *,
+        stream: TextIO | None = None,
+        done: int = 0,
+        program: str = "prepare",
+        every: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.subject, self.total, self.unit = subject, total, unit
+        self.done, self._before = done, done
+        self.stream = stream or sys.stderr
+        self._log = Log(program, self.stream)
+        self._every, self._clock = every, clock
+        self._lock = threading.Lock()
+        self._note = ""
+        self._began = self._told = clock()
+        self._past: deque[tuple[float, int]] = deque([(self._began, done)])
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Work:
+        self._began = self._told = self._clock()
+        self._past = deque([(self._began, self.done)])
+        self._progress = _bar(self.stream, "{task.fields[words]}")
+        if self._progress is None:
+            self._log.event(self._words())
+        else:
+            self._progress.start()
+            self._progress.add_task(self.subject, total=self.total, completed=self.done, words=self._short_words())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._log.event(self._last_words(whole=kind is None))
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """So much more is done; any thread may say so.
+
+        Args:
+            count: How much.
+            note: Stands behind the figures until another one takes its place.
+        """
+        with self._lock:
+            now = self._clock()
+            self.done += count
+            self._note = note or self._note
+            if now - self._past[-1][0] >= 1.0:
+                self._past.append((now, self.done))
+            # One mark before the window stays, so that what comes less often than a window has a rate, too.
+            while len(self._past) > 1 and now - self._past[1][0] >= self.WINDOW:
+                self._past.popleft()
+            if self._progress is not None:
+                self._progress.update(self._progress.task_ids[0], completed=self.done, words=self._short_words())
+            elif now - self._told >= self._every:
+                self._told = now
+                self._log.event(self._words())
+
+    def rate(self) -> float:
+        """Units for each second of the last two minutes; 0 as long as nothing is known."""
+        start, done = self._past[0]
+        seconds = self._clock() - start
+        return (self.done - done) / seconds if seconds > 0 else 0.0
+
+    def _words(self) -> str:
+        told = [f"{self.done:,} {self.unit}"]
+        if self.total is not None:
+            share = 100 * self.done / self.total if self.total else 100.0
+            told = [f"{self.done:,} of {self.total:,} {self.unit} ({share:.1f} %)"]
+        rate = self.rate()
+        told += [f"{_per_second(rate)} {self.unit}/s"] if rate else []
+        told += [self._left(rate), self._note]
+        return f"{self.subject}: {', '.join(each for each in told if each)}"
+
+    def _short_words(self) -> str:
+        """The same without the share, which the bar shows, so that a terminal has room for it; with the time that passed."""
+        rate = self.rate()
+        told = [f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"]
+        told += [f"{_per_second(rate)}/s"] if rate else []
+        told += [duration(self._clock() - self._began), self._left(rate), self._note]
+        return ", ".join(each for each in told if each)
+
+    def _left(self, rate: float) -> str:
+        left = 0 if self.total is None else self.total - self.done
+        return f"{duration(left / rate)} left" if left > 0 and rate else ""
+
+    def _last_words(self, whole: bool) -> str:
+        seconds = self._clock() - self._began
+        now = self.done - self._before
+        pace = f", {_per_second(now / seconds)} {self.unit}/s" if now > 0 and seconds > 0 else ""
+        note = f", {self._note}" if self._note else ""
+        of = "" if self.total is None or (whole and self.done == self.total) else f" of {self.total:,}"
+        before = f" ({self._before:,} of them before)" if self._before else ""
+        state = "done" if whole else "stopped"
+        return f"{self.subject}: {state}, {self.done:,}{of} {self.unit}{before} in {duration(seconds)}{pace}{note}"
+
+
+def _per_second(rate: float) -> str:
+    """Three digits at least, none behind the point of large ones."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

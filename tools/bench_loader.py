@@ -32,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pixart_ds.config.schema import SetConfig
 from pixart_ds.data import reader as reader_module
 from pixart_ds.data.cache import CacheOptions
+from pixart_ds.data.format import LatentsInfo, Row, SetDescription
 from pixart_ds.data.loader import Loader
-from pixart_ds.data.shards import LatentsInfo, PreparedSet, Row, SetDescription, SetWriter
+from pixart_ds.data.shards import PreparedSet
 from pixart_ds.data.streaming_compat import mds_writer
+from pixart_ds.data.writer import Conditions, SetWriter
 from pixart_ds.demo.store import DemoStore
 from pixart_ds.diffusion.noise import draw_all
 from pixart_ds.log import Log
@@ -101,15 +103,17 @@ def write_sets(folder: Path, samples: int) -> PreparedSet:
         for part in range(-(-samples // ROWS_PER_SHARD)):
             count = min(ROWS_PER_SHARD, samples - part * ROWS_PER_SHARD)
             rows = [_row(random, f"{part}/{number}") for number in range(count)]
-            writer.write_group(part, 0, rows)
+            writer.write_part(part, 0, rows)
             for row in rows:
                 stock.write({"caption_embeds": row.caption_embeds.tobytes(), "latents": row.latents["256"].tobytes()})
-    writer.finish(np.zeros((1, CHANNELS), np.float16), [])
+    writer.finish(Conditions(np.zeros((120, CHANNELS), np.float16), np.eye(1, 120, dtype=np.uint8)[0]))
     return PreparedSet.open(folder / "ours")
 
 
 def _row(random: np.random.Generator, name: str) -> Row:
     tokens = int(random.integers(20, 101))
+    latents = random.standard_normal(LATENTS, np.float32).astype(np.float16)
+    np.abs(latents[len(latents) // 2 :], out=latents[len(latents) // 2 :])  # standard deviations
     return Row(
         name=name,
         caption="a caption",
@@ -117,7 +121,8 @@ def _row(random: np.random.Generator, name: str) -> Row:
         class_label=-1,
         original_height=512,
         original_width=512,
-        latents={"256": random.standard_normal(LATENTS, np.float32).astype(np.float16)},
+        latents={"256": latents},
+        crops={"256": (256, 256, 0, 0)},
     )
 
 

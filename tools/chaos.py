@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import xxhash
 
 from pixart_ds import files
+from pixart_ds.data.mds import FolderSource, ShardIndex
 from pixart_ds.engine import line
 from pixart_ds.engine.checkpoint import Reader
 from pixart_ds.engine.storage import FolderStorage, read, storage_of
@@ -242,7 +243,7 @@ def make_set(folder: Path, *, nan: bool) -> Path:
 
     write_pictures(folder / "pictures", PICTURES, seed=1)
     encoders = ROOT / "pixart_ds/demo/encoders"
-    places = {"source": folder / "pictures", "output": folder / "set"}
+    places = {"source.path": folder / "pictures", "output": folder / "set"}
     places |= {"vae": encoders / "vae", "text_encoder": encoders / "text"}
     pixart("prepare", "smoke/prepare", *_sets(f"{key}={path}" for key, path in places.items()))
     if nan:
@@ -257,16 +258,13 @@ def _sets(values: Iterator[str] | Sequence[str]) -> list[str]:
 def poison(folder: Path, latents: str) -> None:
     """Makes the first sample's latents NaN, as a broken encoder would have written them: all hashes are right."""
     index_file = folder / f"latents-{latents}" / "index.json"
-    index = files.read_json(index_file)
+    raw = index_file.read_bytes()
+    index = json.loads(raw)
     first = index["shards"][0]
+    shards = FolderSource(ShardIndex.parse(raw, index_file), index_file.parent)
+    values = shards.open(0).read(0)["latents"]
     shard = index_file.parent / first["raw_data"]["basename"]
-    content = bytearray(shard.read_bytes())
-    (begin,) = struct.unpack_from("<I", content, 4)  # after the count comes each sample's offset
-    variable = [name for name, size in zip(first["column_names"], first["column_sizes"], strict=True) if size is None]
-    sizes = struct.unpack_from(f"<{len(variable)}I", content, begin)
-    assert first["column_names"][0] == variable[0] == "latents"
-    at = begin + 4 * len(variable)
-    content[at : at + sizes[0]] = struct.pack("<e", float("nan")) * (sizes[0] // 2)
+    content = shard.read_bytes().replace(values, struct.pack("<e", float("nan")) * (len(values) // 2), 1)
     shard.write_bytes(content)
     first["raw_data"]["hashes"]["xxh3_64"] = xxhash.xxh3_64_hexdigest(content)
     index_file.write_text(json.dumps(index))

@@ -15,7 +15,8 @@ from pixart_ds.cluster.status import is_done
 from pixart_ds.cluster.status_stage import first_line
 from pixart_ds.ledger.budget import figure
 from pixart_ds.log import duration, si
-from pixart_ds.report.words import digits, percent, unit
+from pixart_ds.page.words import digits, percent
+from pixart_ds.report.words import unit
 
 _HOME, _END_OF_LINE, _BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 _LEAST, _MOST = 72, 116

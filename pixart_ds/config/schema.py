@@ -144,8 +144,10 @@ class SetConfig(Section):
     """Folder or s3:// address of a prepared set (written by `pixart-ds prepare`, copied by `pixart-ds upload`)."""
     count: PositiveInt | None = None
     """Only the first `count` rows of a fixed permutation of the set; never repeats."""
-    min_aesthetic_score: float | None = None
-    """Only rows with at least this score."""
+    minimum: dict[str, float] = {}
+    """Only rows with at least these numbers, of columns that the set's source had: `{aesthetic_score: 6.5}`; none without."""
+    maximum: dict[str, float] = {}
+    """Only rows with at most these numbers."""
     min_ratio: PositiveFloat | None = None
     """Only rows whose original height / width is at least this."""
     max_ratio: PositiveFloat | None = None
@@ -459,35 +461,114 @@ class LatentsConfig(Section):
         return self
 
 
-class PrepareConfig(Section):
-    """Pictures and captions on disk to a prepared set."""
+class SourceConfig(Section):
+    """Where pictures and what is said of them come from."""
 
-    source: str
-    """Folder of pictures; beside each NAME.png or NAME.jpg its caption NAME.txt. The folder a picture lies in is its class."""
-    output: str
-    """Folder of the prepared set."""
+    path: str
+    """What `kind` says: a folder, a file, or a pattern of files; local or s3://bucket/…"""
+    kind: Literal["folder", "imagenet", "list", "webdataset", "parquet"] = "folder"
+    """`folder`: pictures with a caption file beside each; the folder a picture lies in is its class. `imagenet`: a folder for each
+    class, whose name is the caption. `list`: JSON, JSONL or CSV files with an entry for each picture, such as the released code's
+    (path, prompt, width, height, ratio). `webdataset`: tar files whose members of one stem are one sample. `parquet`: files with a
+    row for each picture, which holds its bytes or its path."""
+    root: str | None = None
+    """Where relative paths of a list or of parquet rows begin; null: the folder of the file that names them."""
     caption_suffix: str = ".txt"
-    """`.txt` takes NAME.txt (the dense caption), `.short.txt` takes NAME.short.txt."""
+    """`folder` and `webdataset`: `.txt` takes NAME.txt (the dense caption), `.short.txt` takes NAME.short.txt."""
+    caption_key: str | None = None
+    """`list`, `parquet`, and the JSON member of a `webdataset`: what the caption is called; null: the first that is there of
+    `prompt`, `caption`, `text`, `txt`."""
+    picture_key: str | None = None
+    """`list` and `parquet`: what the path, or the picture itself, is called; null: the first that is there of `path`, `image`,
+    `file_name`, `filename`, `jpg`, `png`, `webp`."""
+    class_key: str | None = None
+    """What the class is called; null: there is none."""
+    class_names: str | None = None
+    """`imagenet`: a file of lines `n01440764 tench, Tinca tinca`, or a JSON of {"0": ["n01440764", "tench"], …}; null: folders'
+    names."""
+
+
+class FilterConfig(Section):
+    """Which pictures are prepared at all. What is filtered out is counted, and listed with the reason."""
+
+    min_ratio: PositiveFloat | None = None
+    """Height / width is at least this."""
+    max_ratio: PositiveFloat | None = None
+    min_side: PositiveInt | None = None
+    """The shorter side has at least so many pixels."""
+    max_pixels: PositiveInt = 400_000_000
+    """Larger pictures are left out: a small file can unpack to more than there is memory."""
+    minimum: dict[str, float] = {}
+    """For numbers that the source gives: `{aesthetic_score: 6.5}` takes pictures with at least this score, and none without."""
+    maximum: dict[str, float] = {}
+
+
+class CaptionsConfig(Section):
+    """Where captions come from, and what is done to them."""
+
+    captioner: str = "source"
+    """`source`: as the source has them. `llava`: a vision-language model of transformers writes them. `package.module:Name`: your
+    own, see `pixart_ds.encoders.captions.Captioner`."""
+    model: str | None = None
+    """llava: folder or hub name; paper: LLaVA-7B. Your own captioner is handed it as well."""
+    prompt: str = "Describe this image and its style in a very detailed manner"
+    """Paper, §2.4."""
+    with_original: bool = False
+    """The paper's form for LAION: the model is told the source's caption first."""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    max_new_tokens: PositiveInt = 1024
+    temperature: Annotated[float, Field(ge=0)] = 0.2
+    """0: the likeliest word each time."""
+    batch_size: PositiveInt = 8
+    """Pictures described at once; a LLaVA of 7 B takes about 0.6 GB for each."""
+    clean: bool = True
+    """Captions are cleaned, twice as in the released code, before they are encoded; prompts too. The set holds them uncleaned."""
+    missing: Literal["error", "skip"] = "error"
+    """What is done about pictures without a caption."""
+
+
+class PrepareConfig(Section):
+    """Pictures and captions to a prepared set."""
+
+    source: SourceConfig
+    output: str
+    """Folder, or s3://bucket/prefix, of the prepared set. A finished one is never changed: name a version: data/internal/v1."""
+    work: str | None = None
+    """Folder for lists of pictures, the plan and captions while a set is being made; all processes see it. null: OUTPUT/.work, but
+    an object store needs one."""
+    filter: FilterConfig = FilterConfig()
+    captions: CaptionsConfig = CaptionsConfig()
     vae: str
     """Folder (or hub name) of a diffusers AutoencoderKL."""
+    vae_precision: Literal["fp16", "bf16", "fp32"] = "fp32"
     text_encoder: str
     """Folder (or hub name) of a transformers T5EncoderModel with its tokenizer."""
+    text_precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """fp16 keeps the layers that overflow in fp32, as transformers does for T5."""
+    caption_codec: Literal["fp16", "int8"] = "fp16"
+    """How caption features are stored: as they are, or in 8 bits with a scale for each 64 channels, in half the space."""
     max_tokens: PositiveInt = 120
     ratios: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] | Literal["paper"] = "paper"
     """Aspect ratios (height / width) by which rows are partitioned: the paper's 40, or an own list, rising."""
     latents: Annotated[tuple[LatentsConfig, ...], Field(strict=False, min_length=1)]
     rows_per_group: PositiveInt = 128
-    """Rows of one shard of captions and of each shard of latents."""
+    """Rows of one shard of captions and of each shard of latents: a part, what a killed process does again."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the order in which pictures are written."""
+    """Of the order in which pictures are written, and of sampled captions."""
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Held prompts whose features are stored for previews."""
     batch_size: PositiveInt = 32
-    """Pictures or captions encoded at once."""
+    """Pictures or captions encoded at once, at most."""
+    batch_pixels: PositiveInt = 8_388_608
+    """And so many pixels: 128 pictures of 256 x 256, 8 of 1024 x 1024."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         problems = []
+        if self.output.startswith("s3://") and self.work is None:
+            problems.append("work must name a folder that all processes see, since output is an object store")
+        if self.captions.captioner == "llava" and self.captions.model is None:
+            problems.append("captions.model must name a LLaVA, a folder or a hub name")
         if self.ratios != "paper" and list(self.ratios) != sorted(set(self.ratios)):
             problems.append(f"ratios must rise without repeats, not {list(self.ratios)}")
         names = [latents.name for latents in self.latents]

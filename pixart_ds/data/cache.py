@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from pixart_ds.config.schema import CacheConfig
 from pixart_ds.data.mds import OpenShard, ShardIndex, damage
-from pixart_ds.data.store import Store
+from pixart_ds.data.store import Fetcher
 from pixart_ds.errors import DataError
 from pixart_ds.s3 import StoreError
 
@@ -105,7 +105,7 @@ class ShardCache:
         DataError: The folder cannot be written, or the limit is below four shards.
     """
 
-    def __init__(self, index: ShardIndex, store: Store, options: CacheOptions) -> None:
+    def __init__(self, index: ShardIndex, store: Fetcher, options: CacheOptions) -> None:
         self.index, self.store, self.options = index, store, options
         self.root = options.folder / index.fingerprint
         self.closing = threading.Event()

@@ -220,7 +220,7 @@ class Loader:
             event = torch.cuda.Event()
             event.record()
         self._lent.append((job.buffer, event))
-        return moved
+        return self._reader.decoded(moved)
 
     def _forget(self) -> None:
         """Lets go of everything that is under way."""

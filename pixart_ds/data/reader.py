@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pixart_ds.data.codecs import CODECS
 from pixart_ds.data.mds import OpenShard, ShardIndex
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.diffusion.noise import draw_all
@@ -35,7 +36,8 @@ class MicroBatch:
         latents: (B, C, h, w) fp32: drawn from the VAE's posterior, shifted and scaled.
         noise: (B, C, h, w) fp32: ε.
         timesteps: (B,) int64, 0 … 999.
-        caption_embeds: (T, D) fp16, T = Σ caption_lengths; (0, D) where the net takes no captions.
+        caption_embeds: (T, D) fp16, T = Σ caption_lengths; (0, D) where the net takes no captions. Until `Reader.decoded` it is
+            what the shards hold: (T, bytes) uint8.
         caption_lengths: Tokens of each sample, at least 1: a caption without any has one of zeros.
         dropped: (B,) bool: the null condition takes the place of the sample's own.
         class_labels: (B,) int64, -1 without a class.
@@ -168,6 +170,9 @@ class Reader:
     ) -> None:
         self.sets, self.order, self.latents, self.stage, self.seed = sets, order, latents, stage, seed
         self.condition_dropout, self.captions = condition_dropout, captions
+        self._channels = sets[0].description.caption_channels
+        self._codec = CODECS[sets[0].description.caption_codec]
+        self._token_bytes = self._codec.bytes_per_token(self._channels)
         self._parts: list[list[int]] = [prepared.parts.tolist() for prepared in sets]
         self._first_id = [
             {part: order.sample_id(number, group, 0) for group, part in enumerate(parts)}
@@ -180,7 +185,7 @@ class Reader:
         return [(number, name, group) for number, group in places for name in ("captions", self.latents)]
 
     def read(self, plan: StepPlan, shards: Mapping[ShardKey, OpenShard], buffer: Buffer) -> MicroBatch:
-        """The micro-batch of a plan of one bucket.
+        """The micro-batch of a plan of one bucket, its captions as they are stored: see `decoded`.
 
         Raises:
             DataError: A sample cannot be read, or is not the planned one; shard and sample.
@@ -193,7 +198,7 @@ class Reader:
         tokens = self._tokens(texts)
         lengths = tuple(max(1, each) for each in tokens) if self.captions else ()
         captions, moments, latents, noise = buffer.take(
-            (torch.float16, (sum(lengths), about.caption_channels)),
+            (torch.uint8, (sum(lengths), self._token_bytes)),
             (torch.float16, (count, 2 * shape[0], *size)),
             (torch.float32, (count, *shape)),
             (torch.float32, (count, *shape)),
@@ -222,6 +227,10 @@ class Reader:
             digest=sum(digests) % 2**64,
         )
 
+    def decoded(self, batch: MicroBatch) -> MicroBatch:
+        """The micro-batch with caption features in fp16, made on the device where it is: what is copied there is what is stored."""
+        return replace(batch, caption_embeds=self._codec.decode(batch.caption_embeds, self._channels))
+
     def _rows(self, plan: StepPlan, name: str, shards: Mapping[ShardKey, OpenShard]) -> _Rows:
         """Where the plan's samples lie."""
         sets, groups, rows = plan.set_index.tolist(), plan.group.tolist(), plan.row.tolist()
@@ -237,7 +246,7 @@ class Reader:
             texts.sets, texts.shards, texts.rows, texts.of("caption_embeds"), strict=True
         ):
             about = self.sets[number].description
-            tokens, rest = divmod(size, 2 * about.caption_channels)
+            tokens, rest = divmod(size, self._token_bytes)
             if rest or tokens > about.max_tokens:
                 raise DataError(
                     f"row {row} has caption features of {size} bytes: no more than {about.max_tokens} tokens of "
@@ -250,12 +259,12 @@ class Reader:
     def _read_texts(
         self, texts: _Rows, tokens: Sequence[int], lengths: Sequence[int], captions: torch.Tensor
     ) -> list[int]:
-        """Puts each caption's features in its place; returns the class labels."""
+        """Puts each caption's stored features in its place; returns the class labels."""
         if not self.captions:
             return _ints(texts.read()["class_label"])
         places = []
         for place, count in zip(np.split(captions.numpy(), np.cumsum(lengths)[:-1]), tokens, strict=True):
-            place[count:] = 0  # where a caption has none
+            place[count:] = 0  # where a caption has none: zero bytes are zeros in every codec
             places.append(place[:count])
         return _ints(texts.read(caption_embeds=places)["class_label"])
 

@@ -195,9 +195,6 @@ class _Counted:
             self.files += 1
             self.bytes += to.stat().st_size
 
-    def read(self, name: str) -> bytes:
-        return self._store.read(name)
-
 
 class _Fill:
     """The threads of one stage-in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pixart_ds.errors import DataError
 from pixart_ds.log import si
@@ -21,10 +22,11 @@ _MANIFEST = "manifest.json"
 _BROKEN_OFF = ("IncompleteReadError", "ResponseStreamingError")
 """botocore's errors of an answer that began well; those of a store that gives none were asked again by boto3 already."""
 _IF_MISSING = "check bucket and prefix in data.sets.…path, or copy the set there again with `pixart-ds upload`"
+_IF_CHANGED = "put the file back as it was, or begin anew with what is there now"
 
 
-class Store(Protocol):
-    """One place that holds files by name."""
+class Fetcher(Protocol):
+    """What a cache needs of a store."""
 
     url: str
 
@@ -36,8 +38,26 @@ class Store(Protocol):
         """
         ...
 
+
+class Store(Fetcher, Protocol):
+    """One place that holds files by name."""
+
     def read(self, name: str) -> bytes:
-        """A small file's content; the same errors."""
+        """A small file's content; the errors of `fetch`."""
+        ...
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """So many bytes of a file from `start`; the same errors, and one if it ends before."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; the same errors."""
+        ...
+
+    def names(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Names that begin with `prefix`, and their sizes in bytes, sorted; the same errors. Linked folders are not entered: they
+        are names of no bytes.
+        """
         ...
 
 
@@ -62,6 +82,21 @@ def open_store(location: str | Path) -> Store:
     return S3Store(str(location))
 
 
+def exists(store: Store, name: str) -> bool:
+    """Whether a file is there.
+
+    Raises:
+        StoreError: Nobody can say.
+    """
+    try:
+        store.size(name)
+    except StoreError as error:
+        if not error.missing:
+            raise
+        return False
+    return True
+
+
 class FolderStore:
     """A local or shared folder."""
 
@@ -79,6 +114,54 @@ class FolderStore:
     def read(self, name: str) -> bytes:
         try:
             return (self.folder / name).read_bytes()
+        except OSError as cause:
+            raise self._error(name, cause) from cause
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        try:
+            with open(self.folder / name, "rb", buffering=0) as file:
+                file.seek(start)
+                pieces = []
+                while length and (piece := file.read(length)):  # a raw read may be short without being an error
+                    pieces.append(piece)
+                    length -= len(piece)
+        except OSError as cause:
+            raise self._error(name, cause) from cause
+        if length:
+            raise _ends_early(name, self.url)
+        return b"".join(pieces)
+
+    def size(self, name: str) -> int:
+        try:
+            return (self.folder / name).stat().st_size
+        except OSError as cause:
+            raise self._error(name, cause) from cause
+
+    def names(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        folder = prefix.rpartition("/")[0]
+        if folder and not (self.folder / folder).is_dir():
+            return
+        for name, size in self._walk(f"{folder}/" if folder else ""):
+            if name.startswith(prefix):
+                yield name, size
+
+    def _walk(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Everything under a folder (empty, or with a slash behind it), in the sequence in which object stores list it."""
+        try:
+            with os.scandir(self.folder / folder) as found:
+                entries = sorted((e.name + "/" * e.is_dir(follow_symlinks=False), e) for e in found)
+        except OSError as cause:
+            raise self._error(folder, cause) from cause
+        for name, entry in entries:
+            if name.endswith("/"):
+                yield from self._walk(folder + name)
+            else:
+                linked = entry.is_symlink() and (entry.is_dir() or not os.path.exists(entry))
+                yield folder + name, 0 if linked else self._entry_size(folder + name, entry)
+
+    def _entry_size(self, name: str, entry: os.DirEntry[str]) -> int:
+        try:
+            return entry.stat().st_size
         except OSError as cause:
             raise self._error(name, cause) from cause
 
@@ -117,20 +200,47 @@ class S3Store:
             raise
 
     def read(self, name: str) -> bytes:
+        return self._whole(name)
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        if not length:
+            return b""
+        data = self._whole(name, Range=f"bytes={start}-{start + length - 1}")
+        if len(data) != length:
+            raise _ends_early(name, self.url)
+        return data
+
+    def names(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        with s3_errors(self.url, prefix or "its list of names", if_missing=_IF_MISSING):
+            pages = self._connection.client().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+                for item in page.get("Contents", []):
+                    yield item["Key"].removeprefix(self.prefix), item["Size"]
+
+    def size(self, name: str) -> int:
+        with s3_errors(self.url, name, if_missing=_IF_MISSING):
+            answer = self._connection.client().head_object(Bucket=self.bucket, Key=self.prefix + name)
+        return int(answer["ContentLength"])
+
+    def _whole(self, name: str, **options: str) -> bytes:
         for _ in range(_READ_ATTEMPTS - 1):  # boto3 asks again for an answer, not for one that breaks off
             try:
-                return b"".join(self._pieces(name))
+                return b"".join(self._pieces(name, **options))
             except StoreError as error:
                 if type(error.__cause__).__name__ not in _BROKEN_OFF:
                     raise
-        return b"".join(self._pieces(name))
+        return b"".join(self._pieces(name, **options))
 
-    def _pieces(self, name: str) -> Iterator[bytes]:
+    def _pieces(self, name: str, **options: str) -> Iterator[bytes]:
         """The content of an object; the errors of boto3 as StoreError."""
         with s3_errors(self.url, name, if_missing=_IF_MISSING):
-            answer = self._connection.client().get_object(Bucket=self.bucket, Key=self.prefix + name)
+            answer = self._connection.client().get_object(Bucket=self.bucket, Key=self.prefix + name, **options)
             with closing(answer["Body"]) as body:
                 yield from body.iter_chunks(PIECE_BYTES)
+
+
+def _ends_early(name: str, url: str) -> StoreError:
+    return StoreError(f"{name} ends too early", where=url, remedy=_IF_CHANGED, final=True)
 
 
 @dataclass(frozen=True)
@@ -257,21 +367,14 @@ class _Transfer:
         }
 
     def _send(self, name: str) -> int | None:
-        from boto3.s3.transfer import TransferConfig
-
         path = self.folder / name
-        digest = _digest(path)
+        digest = digest_of(path)
         size = path.stat().st_size
         with s3_errors(self.url, name, writing=True):
             if self.there.get(name) == size and self._digest_there(name) == digest:
                 return None
             if not self.dry_run:
-                config = TransferConfig(
-                    use_threads=False, multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES
-                )
-                self.client.upload_file(
-                    str(path), self.bucket, self.prefix + name, ExtraArgs={"Metadata": {"xxh3": digest}}, Config=config
-                )
+                send_file(self.client, path, self.bucket, self.prefix + name, digest)
         return size
 
     def _digest_there(self, name: str) -> str | None:
@@ -286,7 +389,15 @@ class _Transfer:
             self.report(f"{number} of {count} files, {si(self._sent_bytes, 'B')} sent")
 
 
-def _digest(path: Path) -> str:
+def send_file(client: Any, path: Path, bucket: str, key: str, digest: str) -> None:
+    """Copies a file to an object; its hash lies with it. The errors are boto3's."""
+    from boto3.s3.transfer import TransferConfig
+
+    config = TransferConfig(use_threads=False, multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+    client.upload_file(str(path), bucket, key, ExtraArgs={"Metadata": {"xxh3": digest}}, Config=config)
+
+
+def digest_of(path: Path) -> str:
     """xxh3 of a file's content, in hexadecimal."""
     from xxhash import xxh3_64
 

@@ -52,7 +52,7 @@ def draw_sheet(
         load_net(open_weights(run.stage(name).handover), device),
         vae,
         wishes,
-        null_embeds=prepared.null_embeds,
+        null_embeds=prepared.null_embeds[: prepared.null_length],
         guidance_scale=previews.guidance_scale,
         num_inference_steps=previews.num_inference_steps,
         scheduler=previews.scheduler,

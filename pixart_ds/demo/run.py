@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 from pixart_ds import files
 from pixart_ds.config.freeze import create_run, read_stage
 from pixart_ds.config.load import load_chain, load_prepare
-from pixart_ds.config.schema import StageConfig
+from pixart_ds.config.schema import SourceConfig, StageConfig
 from pixart_ds.demo.judge import MEASURES
 from pixart_ds.demo.pictures import caption, held_out_scenes, write_pictures
 from pixart_ds.errors import EXIT_STOPPED, MachineError, PixArtError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log, duration
-from pixart_ds.prepare.sources import scan
+from pixart_ds.prepare.items import Item
+from pixart_ds.prepare.sources import open_source
 from pixart_ds.report.command import render, write_page
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ class Demo:
         """Prompts that no training picture shows; of the user's own pictures some of their captions."""
         if self.images is None:
             return [caption(scene) for scene in held_out_scenes(self.about.prompts, PROMPT_SEED)]
-        captions = sorted({picture.caption() for picture in scan(self.images, ".txt").pictures})
+        source = open_source(SourceConfig(path=str(self.images)))
+        found = (item for chunk in source.chunks() for item in source.scan(chunk))
+        captions = sorted({item.caption for item in found if isinstance(item, Item) and item.caption is not None})
         return captions[:: max(1, len(captions) // self.about.prompts)][: self.about.prompts]
 
     def _prepare(self) -> None:
@@ -139,7 +142,7 @@ class Demo:
         config = load_prepare(
             f"{self.about.recipes}/prepare",
             [
-                f"source={json.dumps(str(self.pictures))}",
+                f"source.path={json.dumps(str(self.pictures))}",
                 f"output={json.dumps(str(self.data))}",
                 f"vae={json.dumps(str(ENCODERS / 'vae'))}",
                 f"text_encoder={json.dumps(str(ENCODERS / 'text'))}",

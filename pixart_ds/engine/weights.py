@@ -37,6 +37,7 @@ class Weights:
         stage: The recipe that trained them, if it lies with them.
         pipeline: The diffusers folder they are from, with its own encoders, or None.
         where: The folder that holds them.
+        clean_captions: Whether the captions they were trained on had been cleaned, where the folder says so.
     """
 
     model: ModelConfig
@@ -46,6 +47,7 @@ class Weights:
     stage: StageConfig | None
     pipeline: Path | None
     where: Path
+    clean_captions: bool | None = None
 
     def encoder(self, kind: Literal["vae", "text_encoder"], given: str | None, of_set: str | None) -> str:
         """Folder or hub name of the encoder that belongs to the weights.
@@ -138,7 +140,17 @@ def _of_pipeline(folder: Path, kind: WeightsKind) -> Weights:
         raise CheckpointError(
             f"the folder holds {stored} weights, not {kind}", where=folder, remedy=f"use --weights {stored}"
         )
-    return Weights(foreign.model, foreign.states["raw"], kind, foreign.note.get("lineage", {}), None, folder, folder)
+    note = foreign.note
+    return Weights(
+        foreign.model,
+        foreign.states["raw"],
+        kind,
+        note.get("lineage", {}),
+        None,
+        folder,
+        folder,
+        note.get("clean_captions"),
+    )
 
 
 def _stage_beside(layout: StageLayout) -> StageConfig | None:

@@ -29,7 +29,7 @@ class Asked:
     Attributes:
         wishes: One for each picture.
         captions: Beneath them.
-        null_embeds: (L, D) features of the empty caption; None for a class-conditional net.
+        null_embeds: (L, D) features of the empty caption, its real tokens'; None for a class-conditional net.
     """
 
     wishes: list[Wish]
@@ -79,20 +79,29 @@ def _asked(
             raise ConfigError("there are no held prompts to draw", remedy="give --prompt")
         held = prepared.prompts[: previews.count]
         wishes = [Wish(embeds, size, seed + number) for number, (_, embeds) in enumerate(held)]
-        return Asked(wishes, [text for text, _ in held], prepared.null_embeds)
-    name = weights.encoder(
-        "text_encoder", options.text_encoder, prepared.description.text_encoder if prepared else None
-    )
-    assert weights.model.max_tokens is not None
-    encoder = T5Encoder(name, weights.model.max_tokens, options.device)
+        return Asked(wishes, [text for text, _ in held], prepared.null_embeds[: prepared.null_length])
+    encoder = _text_encoder(options, weights, prepared)
     if encoder.channels != weights.model.caption_channels:
         raise ConfigError(
             f"the text encoder gives {encoder.channels} channels, the net takes {weights.model.caption_channels}",
-            where=name,
+            where=encoder.name,
             remedy="name the encoder that the net was trained with: --text-encoder",
         )
     *embeds, null = encoder.encode([*options.prompt, ""])
     return Asked([Wish(each, size, seed + number) for number, each in enumerate(embeds)], options.prompt, null)
+
+
+def _text_encoder(options: Namespace, weights: Weights, prepared: PreparedSet | None) -> T5Encoder:
+    """Treats prompts as the set's captions were; where nothing says how, it cleans them, as the released code and diffusers do."""
+    about = prepared.description if prepared else None
+    max_tokens = about.max_tokens if about else weights.model.max_tokens
+    assert max_tokens is not None
+    return T5Encoder(
+        weights.encoder("text_encoder", options.text_encoder, about.text_encoder if about else None),
+        max_tokens,
+        options.device,
+        clean=about.clean_captions if about else weights.clean_captions is not False,
+    )
 
 
 def _classes(

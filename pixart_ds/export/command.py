@@ -24,16 +24,17 @@ def export_weights(options: Namespace) -> dict[str, Any]:
     weights = open_weights(options.source, stage=options.stage, kind=options.weights)
     out = options.out or _default_out(options)
     licences = licences_of(weights.lineage)
+    prepared = first_set(weights.stage)
     about = {
         "source": str(weights.where),
         "stage": weights.stage.name if weights.stage else None,
         "weights": weights.kind,
         "model": weights.model.model_dump(mode="json"),
+        "clean_captions": prepared.description.clean_captions if prepared else weights.clean_captions,
         "licences": licences,
         "lineage": weights.lineage,
     }
     if options.format == "diffusers":
-        prepared = first_set(weights.stage)
         vae = weights.encoder("vae", options.vae, prepared.description.vae if prepared else None)
         text_encoder = weights.encoder(
             "text_encoder", options.text_encoder, prepared.description.text_encoder if prepared else None

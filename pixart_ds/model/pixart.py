@@ -114,6 +114,8 @@ class PixArt(nn.Module):
     def set_null_caption(self, embeds: torch.Tensor) -> None:
         """Makes the empty caption's features (L, channels) the null caption; the rest of the buffer is zero.
 
+        All its rows count, those of its padding too: a dropped caption has its own mask, and may have as many tokens as any.
+
         Raises:
             ConfigError: There are more tokens, or other channels, than the net is made for.
         """

@@ -1,333 +1,414 @@
-"""From a folder of captioned pictures to a prepared set, in parts that a killed run does not lose."""
+"""`pixart-ds prepare`: from a source of pictures to a finished set, in phases that a killed process does not lose.
+
+WORK/recipe.json        what the set is made of; another recipe is refused
+WORK/scan/              what the source holds (`scan`)
+WORK/plan/              which pictures make which part (`parts`)
+WORK/captions/          what a model wrote, by part (`caption`)
+WORK/features/          features of captions that several pictures share, until the set is finished
+WORK/set.json           the set's description, once the encoders are known
+WORK/locks/             one file for each share of the work that some process has in hand
+"""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Literal
 
 from pixart_ds import files
-from pixart_ds.config.load import fingerprint
 from pixart_ds.config.schema import PrepareConfig
-from pixart_ds.data.shards import LatentsInfo, PreparedSet, Row, SetDescription, SetWriter
-from pixart_ds.encoders.latents import KLEncoder
-from pixart_ds.encoders.text import T5Encoder
-from pixart_ds.errors import ConfigError, DataError
-from pixart_ds.log import duration
-from pixart_ds.plan.buckets import PAPER_RATIOS, nearest, paper_sizes
-from pixart_ds.plan.random import key_of, permutation, raw_words
-from pixart_ds.prepare.sources import BrokenPicture, Picture, Source, load_cut, scan, size_of
+from pixart_ds.data.format import MANIFEST
+from pixart_ds.data.shards import PreparedSet
+from pixart_ds.data.store import exists, is_remote, open_store
+from pixart_ds.data.target import open_target
+from pixart_ds.errors import DataError
+from pixart_ds.log import Work, duration
+from pixart_ds.plan.buckets import PAPER_RATIOS
+from pixart_ds.prepare import finish, workers
+from pixart_ds.prepare.caption import CaptionFiles
+from pixart_ds.prepare.parts import Plan, decisions, make_plan, share
+from pixart_ds.prepare.scan import Scan, scan
+from pixart_ds.prepare.sources import open_source
 
-_PATCH = 2  # latents must be cut into patches of two
-
-
-@dataclass(frozen=True)
-class Part:
-    """Pictures of one partition that make one row group; fixed before any of them is decoded."""
-
-    number: int
-    partition: int
-    names: tuple[str, ...]
+Phase = Literal["scan", "caption", "encode", "finish"]
+PHASES: tuple[Phase, ...] = ("scan", "caption", "encode", "finish")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which picture goes into which part, and what is broken already by its header."""
+class Task:
+    """One of several jobs that share the parts: an array's task.
 
-    source: Source
-    ratios: tuple[float, ...]
-    parts: tuple[Part, ...]
-    broken: tuple[tuple[str, str], ...]
+    Attributes:
+        number: From 0.
+        count: Of all.
+    """
 
-    def summary(self) -> dict[str, Any]:
-        """Counts, for programs."""
-        partitions = {str(ratio): 0 for ratio in self.ratios}
-        for part in self.parts:
-            partitions[str(self.ratios[part.partition])] += len(part.names)
-        return {
-            "pictures": len(self.source.pictures),
-            "broken": len(self.broken),
-            "classes": len(self.source.classes),
-            "parts": len(self.parts),
-            "pictures_by_ratio": partitions,
-        }
+    number: int = 0
+    count: int = 1
 
     def __str__(self) -> str:
-        about = self.summary()
-        ratios = ", ".join(f"{ratio}: {count}" for ratio, count in about["pictures_by_ratio"].items() if count)
-        return (
-            f"{about['pictures']} pictures of {about['classes']} classes in {self.source.root}, {about['broken']} of them broken; "
-            f"{about['parts']} parts; by ratio {ratios}"
-        )
+        return f"{self.number}/{self.count}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `prepare` did."""
+    """What `prepare` did.
 
-    path: Path
+    Attributes:
+        path: Of the set.
+        finished: The set can be read.
+        samples: Rows of the finished set.
+        parts: Of the plan.
+        parts_written, parts_kept: By this call, and before it.
+        parts_left: That other tasks have to write.
+        skipped: Pictures that were left out, by kind.
+        truncated: Captions that were cut.
+        seconds: That this call took.
+        page: The finished set's page, as text.
+    """
+
+    path: str
+    finished: bool
     samples: int
+    parts: int
     parts_written: int
     parts_kept: int
-    skipped: int
+    parts_left: int
+    skipped: dict[str, int]
     truncated: int
     seconds: float
+    page: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "path": str(self.path)}
+        return {name: value for name, value in vars(self).items() if name != "page"}
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.samples} samples in {self.path}: {self.parts_written} parts written, {self.parts_kept} kept, "
-            f"in {duration(self.seconds)}"
-        ]
-        if self.skipped:
-            lines.append(
-                f"{self.skipped} broken pictures were left out; they are listed in {self.path / 'skipped.jsonl'}"
-            )
+        did = f"{self.parts_written} parts written, {self.parts_kept} kept, in {duration(self.seconds)}"
+        if not self.finished:
+            return f"{did}; {self.parts_left} of {self.parts} parts are left to do for {self.path}"
+        lines = [f"{self.samples} samples in {self.path}: {did}"]
+        broken, filtered, silent = (self.skipped.get(kind, 0) for kind in ("broken", "filtered", "caption"))
+        if broken:
+            lines.append(f"{broken} broken pictures were left out; they are listed in {self.path}/skipped.jsonl")
+        if filtered or silent:
+            lines.append(f"left out as well, and listed there: {filtered} by the filters, {silent} without a caption")
         if self.truncated:
             lines.append(f"{self.truncated} captions were longer than the recipe's max_tokens and were cut")
+        lines.append(f"look at it: {self.path}/summary.html")
         return "\n".join(lines)
 
 
-def plan_of(config: PrepareConfig) -> Plan:
-    """Scans the source and assigns every picture to a part, by its ratio and a seeded shuffle.
-
-    Raises:
-        DataError: Nothing to prepare, or captions are missing.
-    """
-    source = scan(Path(config.source), config.caption_suffix)
-    ratios = PAPER_RATIOS if config.ratios == "paper" else config.ratios
-    by_partition: dict[int, list[str]] = {}
-    broken = []
-    shuffled = permutation(raw_words(key_of("prepare", config.seed), (0, 0, 0), len(source.pictures)))
-    for index in shuffled:
-        picture = source.pictures[index]
-        try:
-            by_partition.setdefault(nearest(ratios, *size_of(picture.path)), []).append(picture.name)
-        except BrokenPicture as error:
-            broken.append((picture.name, str(error)))
-    groups = [
-        (partition, names[start : start + config.rows_per_group])
-        for partition, names in sorted(by_partition.items())
-        for start in range(0, len(names), config.rows_per_group)
-    ]
-    parts = tuple(Part(number, partition, tuple(names)) for number, (partition, names) in enumerate(groups))
-    return Plan(source, tuple(ratios), parts, tuple(sorted(broken)))
+def work_folder(config: PrepareConfig) -> Path:
+    """Where lists, plan and captions are kept while the set is made."""
+    return Path(config.output) / ".work" if config.work is None else Path(config.work)
 
 
-def prepare(config: PrepareConfig, *, processes: int = 1, device: str = "cpu") -> Report:
-    """Encodes what is not encoded yet and finishes the set.
+def ratios_of(config: PrepareConfig) -> tuple[float, ...]:
+    return PAPER_RATIOS if config.ratios == "paper" else tuple(config.ratios)
 
-    A second call with the same pictures and settings keeps whole parts. A broken picture is listed in skipped.jsonl and left out.
+
+def prepare(
+    config: PrepareConfig,
+    *,
+    only: Phase | None = None,
+    task: Task | None = None,
+    processes: int = 1,
+    device: str = "cpu",
+) -> Report:
+    """Does what is not done yet: all of it, one phase, or one task's share; whoever writes the last part finishes the set.
 
     Args:
         config: The recipe.
-        processes: Encoding processes, each with one thread.
-        device: Where the encoders compute.
+        only: One phase, for all parts or the task's.
+        task: Which share of captions and parts; what is before and after is left to others.
+        processes: That encode; on a machine with GPUs each takes the next one.
+        device: `cpu` or `cuda`.
 
     Raises:
         DataError: The source is empty or incomplete, every picture is broken, or the output holds another set.
         ConfigError: An encoder is missing, or a size does not fit the VAE.
+        MachineError: Another process has this share of the work in hand, or the disk is full.
     """
+    try:
+        return _prepare(config, only, task, processes, device)
+    except OSError as error:
+        if (said := files.disk_error(error, Path(config.output))) is not None:
+            raise said from error
+        raise
+
+
+def _prepare(config: PrepareConfig, only: Phase | None, task: Task | None, processes: int, device: str) -> Report:
     began = time.monotonic()
-    plan = plan_of(config)
-    output = Path(config.output)
-    vae, text = KLEncoder(config.vae, device), T5Encoder(config.text_encoder, config.max_tokens, device)
-    description = describe(config, plan, vae, text)
-    _same_plan(output, config, plan, description)
-    writer = SetWriter(output, description)
-    done = writer.parts_done()
-    todo = [part for part in plan.parts if part.number not in done]
-    if not todo and (output / "manifest.json").exists():
-        kept = PreparedSet.open(output)
-        skipped = sum(1 for _ in files.read_json_lines(output / "skipped.jsonl"))
-        return Report(output, kept.num_samples, 0, len(done), skipped, 0, time.monotonic() - began)
-    shares = [todo[number::processes] for number in range(processes)]
-    if processes == 1 or len(todo) < 2:
-        truncated = _write_parts(config, plan, todo, description, vae, text)
-    else:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            jobs = [pool.submit(_in_own_process, config, plan, share, description, device) for share in shares if share]
-            truncated = sum(job.result() for job in jobs)
-    skipped = _list_skipped(output, plan)
-    prompts = list(config.prompts)
-    null, *features = text.encode(["", *prompts]) if prompts else text.encode([""])
-    writer.finish(null, list(zip(prompts, features, strict=True)))
-    made = PreparedSet.open(output)
-    return Report(output, made.num_samples, len(todo), len(done), skipped, truncated, time.monotonic() - began)
+    workers.check(config)
+    work = work_folder(config)
+    _check_output(config, work)
+    _check_recipe(config, work)
+    if not (work / "plan/plan.json").exists():
+        if task is not None or only not in (None, "scan"):
+            raise DataError(
+                "there is no plan yet of which pictures make which part",
+                where=work,
+                remedy="run `pixart-ds prepare RECIPE --only scan` first, once",
+            )
+        plan_of(config, work, processes)
+    elif task is None and only in (None, "scan"):
+        _scan(config, work, processes)  # no more than a look whether the source is still the same
+    plan = Plan.open(work / "plan")
+    _check_parts(config, plan)
+    parts = share(plan.num_parts, *((task.number, task.count) if task else (0, 1)))
+    label = f"task-{task.number}-of-{task.count}" if task else "all"
+    written = 0
+    if only in (None, "caption") and config.captions.captioner != "source":
+        with _in_hand(work, f"caption-{label}", f"captions of share {task or 'all'}"):
+            _caption(config, work, plan, parts, processes, device)
+    if only in (None, "encode"):
+        with _in_hand(work, f"encode-{label}", f"parts of share {task or 'all'}"):
+            written = _encode(config, work, plan, parts, processes, device, label)
+    return _finish(config, work, plan, only, written, device, began)
 
 
-def describe(config: PrepareConfig, plan: Plan, vae: KLEncoder, text: T5Encoder) -> SetDescription:
-    """The set's description.
-
-    Raises:
-        ConfigError: A size is no multiple of what the VAE and the patches need.
-    """
-    factor = vae.downsampling_factor
-    latents, problems = {}, []
-    for item in config.latents:
-        if item.square is not None:
-            sizes: tuple[tuple[int, int], ...] = ((item.square, item.square),)
-        elif isinstance(item.sizes, str):
-            sizes = paper_sizes({"paper-256": 256, "paper-512": 512, "paper-1024": 1024}[item.sizes])  # type: ignore[arg-type]
-        else:
-            sizes = item.sizes or ()
-        odd = [size for size in sizes if any(side % (factor * _PATCH) for side in size)]
-        if odd:
-            problems.append(f"latents {item.name}: {odd} are no multiples of {factor * _PATCH} pixels")
-        latents[item.name] = LatentsInfo(
-            square=item.square is not None, sizes=tuple((h // factor, w // factor) for h, w in sizes)
+def plan_of(config: PrepareConfig, work: Path, processes: int = 1) -> Plan:
+    """Scans the source as far as that is not done, and assigns its pictures to parts."""
+    with _in_hand(work, "scan", "list of pictures"):
+        if (work / "plan/plan.json").exists():
+            return Plan.open(work / "plan")
+        found = _scan(config, work, processes)
+        source = open_source(config.source)
+        keys = list(found.class_keys)
+        return make_plan(
+            work / "plan",
+            found.tables,
+            ratios=ratios_of(config),
+            rows_per_group=config.rows_per_group,
+            seed=config.seed,
+            random_access=source.random_access,
+            repeated_batch=config.batch_size,
+            about={
+                "pictures": found.pictures,
+                "skipped": found.rejected,
+                "class_keys": keys,
+                "classes": source.titles(keys),
+                "ratios": list(ratios_of(config)),
+            },
         )
-    if problems:
-        raise ConfigError(
-            "sizes do not fit the VAE:\n" + "\n".join(f"  - {line}" for line in problems),
-            remedy=f"the VAE makes latents {factor} times smaller, and the net cuts them into patches of {_PATCH}",
-        )
-    return SetDescription(
-        ratios=plan.ratios,
-        latents=latents,
-        latent_channels=vae.channels,
-        downsampling_factor=factor,
-        scaling_factor=vae.scaling_factor,
-        shift_factor=vae.shift_factor,
-        caption_channels=text.channels,
-        max_tokens=config.max_tokens,
-        classes=plan.source.classes,
-        vae=config.vae,
-        text_encoder=config.text_encoder,
-        vae_fingerprint=vae.fingerprint,
-        text_fingerprint=text.fingerprint,
-        source=str(plan.source.root),
+
+
+def _scan(config: PrepareConfig, work: Path, processes: int) -> Scan:
+    with ExitStack() as shown:
+        work_shown: Work | None = None
+
+        def tell(done: int, total: int) -> None:
+            nonlocal work_shown
+            if work_shown is None:
+                work_shown = shown.enter_context(Work("scan", total, "chunks", done=done))
+            else:
+                work_shown.advance()
+
+        return scan(config, work, processes, tell)
+
+
+def dry_run(config: PrepareConfig, processes: int = 1) -> dict[str, Any]:
+    """What a plan would be, without writing into the output."""
+    workers.check(config)
+    work = work_folder(config)
+    _check_output(config, work)
+    if (work / "plan/plan.json").exists():
+        return summary_of(Plan.open(work / "plan"))
+    with tempfile.TemporaryDirectory(prefix="pixart_ds-prepare-") as folder:
+        return summary_of(plan_of(config, Path(folder), processes))
+
+
+def summary_of(plan: Plan) -> dict[str, Any]:
+    """Counts of a plan, for programs."""
+    ratios = plan.about["ratios"]
+    by_ratio = dict.fromkeys(map(str, ratios), 0)
+    for partition, count in zip(plan.partitions, plan.counts, strict=True):
+        by_ratio[str(ratios[partition])] += count
+    skipped = plan.about["skipped"]
+    return {
+        "pictures": plan.about["rows"],
+        "skipped": skipped,
+        "classes": len(plan.about["classes"]),
+        "parts": plan.num_parts,
+        "pictures_by_ratio": by_ratio,
+    }
+
+
+def words_of(summary: dict[str, Any]) -> str:
+    """The same for people."""
+    left_out = ", ".join(f"{count} {kind}" for kind, count in summary["skipped"].items() if count) or "none"
+    by_ratio = ", ".join(f"{ratio}: {count}" for ratio, count in summary["pictures_by_ratio"].items() if count)
+    return (
+        f"{summary['pictures']} pictures of {summary['classes']} classes in {summary['parts']} parts; left out: {left_out}\n"
+        f"by ratio {by_ratio}"
     )
 
 
-def _same_plan(output: Path, config: PrepareConfig, plan: Plan, description: SetDescription) -> None:
-    """Writes down what the output is made of, or refuses one that is made of something else."""
-    about = {
-        "pictures": plan.source.fingerprint(),
-        "parts": fingerprint([[part.partition, *part.names] for part in plan.parts]),
-        "set": fingerprint(description.model_dump(mode="json", exclude={"source", "vae", "text_encoder"})),
-        "prompts": fingerprint(list(config.prompts)),
-        "captions": config.caption_suffix,
-    }
-    note = output / "plan.json"
-    if note.exists():
-        before = files.read_json(note)
-        if changed := [name for name in about if before.get(name) != about[name]]:
-            raise DataError(
-                f"the output was prepared from other pictures or settings (changed: {', '.join(changed)})",
-                where=output.resolve(),
-                remedy="choose another output; nothing was changed in this one",
-            )
+# ---- what is there already ----------------------------------------------------------------------------------------------
+
+
+def _check_output(config: PrepareConfig, work: Path) -> None:
+    """Raises DataError if the output is a folder with something else in it."""
+    if is_remote(config.output):
         return
-    if output.is_dir() and any(output.iterdir()):
+    output = Path(config.output)
+    if output.is_dir() and any(output.iterdir()) and not (work / "recipe.json").exists():
         raise DataError(
-            "the output folder is not empty and holds no prepared set",
+            "the output folder is not empty and holds no set of this recipe that could go on",
             where=output.resolve(),
-            remedy="choose another output",
+            remedy="choose another output, for example the next version; nothing was changed in this one",
         )
-    output.mkdir(parents=True, exist_ok=True)
-    files.write_json(note, about)
 
 
-def _in_own_process(
-    config: PrepareConfig, plan: Plan, parts: Sequence[Part], description: SetDescription, device: str
-) -> int:
-    import torch
-
-    torch.set_num_threads(1)
-    vae, text = KLEncoder(config.vae, device), T5Encoder(config.text_encoder, config.max_tokens, device)
-    return _write_parts(config, plan, parts, description, vae, text)
-
-
-def _write_parts(
-    config: PrepareConfig,
-    plan: Plan,
-    parts: Sequence[Part],
-    description: SetDescription,
-    vae: KLEncoder,
-    text: T5Encoder,
-) -> int:
-    """Encodes and writes parts; returns how many captions were cut."""
-    writer = SetWriter(Path(config.output), description)
-    pictures = {picture.name: picture for picture in plan.source.pictures}
-    truncated = 0
-    for part in parts:
-        rows, broken, cut_captions = _encode(
-            config, part, [pictures[name] for name in part.names], description, vae, text
+def _check_recipe(config: PrepareConfig, work: Path) -> None:
+    """Notes the recipe, or raises DataError if parts were planned with another one. A scan alone is simply made anew."""
+    note, about = work / "recipe.json", decisions(config)
+    before = files.read_json(note) if note.exists() else None
+    if before == about:
+        return
+    if not (work / "plan/plan.json").exists():
+        with _in_hand(work, "scan", "list of pictures"):
+            shutil.rmtree(work / "scan", ignore_errors=True)
+            files.write_json(note, about)
+        return
+    changed = [f"{key} was {_short(old)} and is {_short(new)}" for key, old, new in _differences(before, about)]
+    if changed:
+        raise DataError(
+            f"this set was begun with another recipe: {'; '.join(changed)}",
+            where=config.output,
+            remedy="set these back, or choose another output, for example the next version; nothing was changed in this one",
         )
-        truncated += cut_captions
-        if broken:
-            files.write_json(Path(config.output) / "parts" / f"skipped-{part.number:05d}.json", broken)
-        writer.write_group(part.number, part.partition, rows)
-    return truncated
+
+
+def _check_parts(config: PrepareConfig, plan: Plan) -> None:
+    """Raises DataError if the output holds parts of another plan or recipe; the work folder that knew of them may be gone."""
+    names = open_target(config.output).names("parts")
+    if not names:
+        return
+    name = f"parts/{names[0]}"
+    marker = files.parse_json(open_store(config.output).read(name), Path(name))
+    if marker["plan"] != plan.key(config):
+        raise DataError(
+            "the output holds parts of other pictures or of another recipe",
+            where=config.output,
+            remedy="choose another output, for example the next version; nothing was changed in this one",
+        )
+
+
+def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted({*before, *after}):
+            yield from _differences(before.get(name), after.get(name), f"{key}.{name}".lstrip("."))
+    elif before != after:
+        yield key, before, after
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+@contextmanager
+def _in_hand(work: Path, label: str, what: str) -> Iterator[None]:
+    """Takes a share of the work, which the kernel gives back whatever becomes of this process."""
+    with files.held(work / "locks" / label, f"the {what} of this set"):
+        yield
+
+
+# ---- captions and parts -------------------------------------------------------------------------------------------------
+
+
+def _caption(config: PrepareConfig, work: Path, plan: Plan, parts: range, processes: int, device: str) -> None:
+    there = CaptionFiles(work / "captions")
+    todo = [part for part in parts if not there.done(part)]
+    if todo:
+        begin = workers.Begin(config, work, device, "caption", processes, "caption")
+        _run(begin, todo, plan, parts, "caption", lambda done: None)
 
 
 def _encode(
-    config: PrepareConfig,
-    part: Part,
-    pictures: Sequence[Picture],
-    description: SetDescription,
-    vae: KLEncoder,
-    text: T5Encoder,
-) -> tuple[list[Row], list[tuple[str, str]], int]:
-    """Rows of one part, its broken pictures with the reason, and how many captions were cut."""
-    factor = description.downsampling_factor
-    names = list(description.latents)
-    sizes = []
-    for name in names:
-        info = description.latents[name]
-        height, width = info.sizes[0 if info.square else part.partition]
-        sizes.append((height * factor, width * factor))
-    whole: list[Picture] = []
-    images: list[list[npt.NDArray[np.uint8]]] = []
-    broken = []
-    for picture in pictures:
-        try:
-            images.append(load_cut(picture.path, sizes))
-            whole.append(picture)
-        except BrokenPicture as error:
-            broken.append((picture.name, str(error)))
-    captions = [picture.caption() for picture in whole]
-    embeds: list[npt.NDArray[np.float16]] = []
-    latents: dict[str, list[npt.NDArray[np.float16]]] = {name: [] for name in names}
-    for start in range(0, len(whole), config.batch_size):
-        batch = slice(start, start + config.batch_size)
-        embeds += text.encode(captions[batch])
-        for number, name in enumerate(names):
-            moments = vae.encode(np.stack([cuts[number] for cuts in images[batch]]))
-            latents[name] += list(moments.astype(np.float16))
-    rows = []
-    for number, picture in enumerate(whole):
-        height, width = size_of(picture.path)
-        rows.append(
-            Row(
-                name=picture.name,
-                caption=captions[number],
-                caption_embeds=embeds[number],
-                class_label=picture.class_label,
-                original_height=height,
-                original_width=width,
-                latents={name: latents[name][number] for name in names},
+    config: PrepareConfig, work: Path, plan: Plan, parts: range, processes: int, device: str, label: str
+) -> int:
+    """How many parts were written."""
+    target = open_target(config.output)
+    numbers = {int(name.removeprefix("part-").removesuffix(".json")) for name in target.names("parts")}
+    todo = [part for part in parts if part not in numbers]
+    if not todo:
+        return 0
+    if config.captions.captioner != "source":
+        there = CaptionFiles(work / "captions")
+        if missing := [part for part in todo if not there.done(part)]:
+            raise DataError(
+                f"{len(missing)} parts have no captions yet, the first is part {missing[0]}",
+                where=there.folder,
+                remedy="run the same command with --only caption first",
             )
+    others = 0
+
+    def count(done: workers.Done) -> None:
+        nonlocal others
+        others += not done.first
+
+    begin = workers.Begin(config, work, device, "encode", processes, label)
+    _run(begin, todo, plan, parts, "encode", count)
+    return len(todo) - others
+
+
+def _run(
+    begin: workers.Begin,
+    todo: Sequence[int],
+    plan: Plan,
+    parts: range,
+    subject: str,
+    then: Callable[[workers.Done], None],
+) -> None:
+    counts = plan.counts
+    total, left = sum(counts[part] for part in parts), sum(counts[part] for part in todo)
+    with Work(subject, total, "pictures", done=total - left) as shown:
+        for done in workers.run(begin, todo):
+            then(done)
+            shown.advance(done.pictures)
+
+
+# ---- the end ------------------------------------------------------------------------------------------------------------
+
+
+def _finish(
+    config: PrepareConfig, work: Path, plan: Plan, only: Phase | None, written: int, device: str, began: float
+) -> Report:
+    target = open_target(config.output)
+    done = len(target.names("parts"))
+    made: PreparedSet | None = None
+    page = ""
+    if done == plan.num_parts and only in (None, "finish"):
+        with _in_hand(work, "finish", "end"):
+            if not exists(open_store(config.output), MANIFEST):
+                finish.finish(config, work, plan, device)
+            made = PreparedSet.open(config.output)
+            page = finish.write_summary(config, made, time.monotonic() - began, device)
+    elif only == "finish":
+        raise DataError(
+            f"{plan.num_parts - done} of {plan.num_parts} parts are not written yet",
+            where=config.output,
+            remedy="run `pixart-ds prepare RECIPE` until all tasks are done",
         )
-    return rows, broken, text.count_truncated(captions) if captions else 0
-
-
-def _list_skipped(output: Path, plan: Plan) -> int:
-    """Gathers what every part left out into skipped.jsonl; returns how many."""
-    skipped = list(plan.broken)
-    for path in sorted((output / "parts").glob("skipped-*.json")):
-        skipped += [(name, reason) for name, reason in files.read_json(path)]
-    lines = (json.dumps({"picture": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in skipped)
-    files.write_text(output / "skipped.jsonl", "".join(lines))
-    return len(skipped)
+    counts = finish.counts_of(made) if made is not None else finish.Counts({}, 0)
+    return Report(
+        path=config.output,
+        finished=made is not None,
+        samples=made.num_samples if made is not None else 0,
+        parts=plan.num_parts,
+        parts_written=written,
+        parts_kept=done - written,
+        parts_left=plan.num_parts - done,
+        skipped=counts.skipped,
+        truncated=counts.truncated,
+        seconds=time.monotonic() - began,
+        page=page,
+    )

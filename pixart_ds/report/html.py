@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 
-from pixart_ds.report.charts import digits, number
+from pixart_ds.page.charts import digits, number
+from pixart_ds.page.parts import document, section, tile
+from pixart_ds.page.words import counted, moment, percent
 from pixart_ds.report.curves import Curve
 from pixart_ds.report.html_cost import cost_section
 from pixart_ds.report.html_facts import Values, a100_ratio, devices_of, every_attempt, made_at, mapping, on_cpus
-from pixart_ds.report.html_parts import counted, moment, per_run, state_of
-from pixart_ds.report.html_style import SCRIPT, STYLE
+from pixart_ds.report.html_parts import per_run, state_of
+from pixart_ds.report.html_style import STYLE
 from pixart_ds.report.html_tables import tables_section
 from pixart_ds.report.html_time import attempts_section, time_section
 from pixart_ds.report.html_training import samples_section, training_section
-from pixart_ds.report.words import percent
 
 
 def html_page(
@@ -35,31 +34,20 @@ def html_page(
     runs = values.get("runs") or []
     names = ", ".join(str(run.get("name") or run.get("run")) for run in runs) or "no run"
     sections = [
-        _head(values, names),
-        _section("tiles", "", _tiles(values)),
-        _section("time", "Where the time went", time_section(values)),
-        _section("cost", "Cost beside the paper and its rivals", cost_section(values)),
-        _section("attempts", "Attempts", per_run(runs, lambda run: attempts_section(run, values))),
-        _section("training", "Loss and throughput", per_run(runs, lambda run: training_section(run, curves))),
-        _section("samples", "Samples", per_run(runs, lambda run: samples_section(run, pictures))),
-        _section("tables", "Tables", tables_section(values)),
-        _section("problems", "Problems", _problems(values)),
-        _section("assumptions", "Assumptions", _assumptions(values)),
+        section("tiles", "", _tiles(values)),
+        section("time", "Where the time went", time_section(values)),
+        section("cost", "Cost beside the paper and its rivals", cost_section(values)),
+        section("attempts", "Attempts", per_run(runs, lambda run: attempts_section(run, values))),
+        section("training", "Loss and throughput", per_run(runs, lambda run: training_section(run, curves))),
+        section("samples", "Samples", per_run(runs, lambda run: samples_section(run, pictures))),
+        section("tables", "Tables", tables_section(values)),
+        section("problems", "Problems", _problems(values)),
+        section("assumptions", "Assumptions", _assumptions(values)),
     ]
-    script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    # A page that may load nothing and run nothing but its own script, whatever a run's name or a log's line holds.
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Cost of {escape(names)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return document(f"Cost of {names}", _header(values), sections, STYLE)
 
 
-def _head(values: Values, names: str) -> str:
+def _header(values: Values) -> str:
     runs = values.get("runs") or []
     lines = []
     for run in runs:
@@ -70,10 +58,7 @@ def _head(values: Values, names: str) -> str:
     made = moment(made_at(values))
     found = len(_all_problems(values))
     hint = f' · <a href="#problems">{counted(found, "problem")}</a>' if found else ""
-    return (
-        '<header><button id="theme" type="button" hidden>Dark</button>'
-        f"<h1>Cost of {escape(names)}</h1>{''.join(lines)}<p>made {escape(made)}{hint}</p></header>"
-    )
+    return f"{''.join(lines)}<p>made {escape(made)}{hint}</p>"
 
 
 def _tiles(values: Values) -> str:
@@ -81,32 +66,31 @@ def _tiles(values: Values) -> str:
     known = {name: number(value) for name, value in account.items()} if every_attempt(runs) else {"device_hours": 0.0}
     made = []
 
-    def tile(label: str, value: float | None, words: Callable[[float], str] = digits, below: str = "") -> None:
+    def told(label: str, value: float | None, words: Callable[[float], str] = digits, below: str = "") -> None:
         if value is not None:
-            below = f'<span class="below">{escape(below)}</span>' if below else ""
-            made.append(f'<div class="tile"><span>{escape(label)}</span><b>{escape(words(value))}</b>{below}</div>')
+            made.append(tile(label, words(value), below))
 
     v100, days = known.get("v100_days"), known.get("device_days")
     devices = ", ".join(devices_of(runs))
     if days is None or days < 1:
-        tile("device-hours", known.get("device_hours"), below=devices)
+        told("device-hours", known.get("device_hours"), below=devices)
     elif v100 is not None:
         paper = number(_paper_model(values).get("v100_gpu_days"))
-        tile("V100-days", v100, below=f"the paper: {digits(paper)}" if paper else "")
+        told("V100-days", v100, below=f"the paper: {digits(paper)}" if paper else "")
     else:
-        tile("device-days", days, below=devices)
-    tile("A100-equivalent days", known.get("a100_days"))
+        told("device-days", days, below=devices)
+    told("A100-equivalent days", known.get("a100_days"))
     measured = known.get("energy_coverage")
-    tile("kWh", known.get("kwh"), below="" if measured is None else f"{measured:.0%} measured")
+    told("kWh", known.get("kwh"), below="" if measured is None else f"{measured:.0%} measured")
     embodied = known.get("kg_co2e_embodied")
-    tile("kg CO2e", known.get("kg_co2e"), below=f"and {digits(embodied)} embodied" if embodied else "")
-    tile("$", known.get("usd"))
-    tile("goodput", known.get("goodput"), percent, "productive part of device time")
+    told("kg CO2e", known.get("kg_co2e"), below=f"and {digits(embodied)} embodied" if embodied else "")
+    told("$", known.get("usd"))
+    told("goodput", known.get("goodput"), percent, "productive part of device time")
     if len(runs) == 1 and known.get("goodput") is not None:
-        tile("ETTR", number(runs[0].get("ettr")), percent, "productive part of the wall time")
-    tile("MFU", known.get("mfu"), percent, "part of the devices' peak")
-    tile("images/s/device" if on_cpus(runs) else "images/s/GPU", known.get("images_per_second_per_device"))
-    tile("$ per million images", known.get("usd_per_million_images"))
+        told("ETTR", number(runs[0].get("ettr")), percent, "productive part of the wall time")
+    told("MFU", known.get("mfu"), percent, "part of the devices' peak")
+    told("images/s/device" if on_cpus(runs) else "images/s/GPU", known.get("images_per_second_per_device"))
+    told("$ per million images", known.get("usd_per_million_images"))
     return f'<div class="tiles">{"".join(made)}</div>'
 
 
@@ -138,8 +122,3 @@ def _assumptions(values: Values) -> str:
     lines += [f"the paper's A100-days: V100-days × {value:.4g} ({ratio.get('source')})"] if value else []
     lines += [f"the paper's figures: {told['source']}"] if told.get("source") else []
     return f"<ul>{''.join(f'<li>{escape(each)}</li>' for each in lines)}</ul>" if lines else "<p>None were stated.</p>"
-
-
-def _section(name: str, title: str, content: str) -> str:
-    head = f"<h2>{escape(title)}</h2>" if title else ""
-    return f'<section id="{name}">{head}{content}</section>' if content else ""

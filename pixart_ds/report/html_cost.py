@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from pixart_ds.report.charts import Bar, Group, bar_chart, digits, number
+from pixart_ds.page.charts import Bar, Group, bar_chart, digits, number
+from pixart_ds.page.parts import colour_keys, figure
 from pixart_ds.report.html_facts import Values, a100_ratio, devices_of, every_attempt, mapping, on_cpus
-from pixart_ds.report.html_parts import colour_keys, figure, per_run, state_of
+from pixart_ds.report.html_parts import per_run, state_of
 
 _MEASURES = (("a100_gpu_days", "A100-days"), ("tco2e", "tonnes CO2e"), ("usd", "dollars"))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from pixart_ds.report.charts import number
+from pixart_ds.page.charts import number
 
 Values = Mapping[str, Any]
 """The report, or a part of it, as `build.build` made it or as its JSON was read; whatever is not known is None or absent."""

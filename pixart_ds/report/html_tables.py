@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from pixart_ds.log import duration, si
-from pixart_ds.report.charts import digits, limit_chart, number, shortened
+from pixart_ds.page.charts import digits, limit_chart, number, shortened
+from pixart_ds.page.parts import table
+from pixart_ds.page.words import moment, percent, spaced
 from pixart_ds.report.html_facts import Values, mapping
-from pixart_ds.report.html_parts import figure, hosts_told, moment, per_run, spaced, state_of
-from pixart_ds.report.words import percent
+from pixart_ds.report.html_parts import hosts_told, per_run, state_of
 
 _BUDGETS = {"gpu_days": "device-days", "device_days": "device-days", "usd": "$", "kwh": "kWh", "kg_co2e": "kg CO2e"}
 _FOLD = 30
@@ -38,7 +39,7 @@ def tables_section(values: Values) -> str:
     made.append(per_run(runs, _run_tables))
     for title, key in (("By state of the attempts", "by_state"), ("By user", "by_user")):
         rows = [[str(name), *_cells(mapping(account))] for name, account in mapping(values.get(key)).items()]
-        made.append(_table(title, [title.split()[1], *_heads()], rows, left=1))
+        made.append(table(title, [title.split()[1], *_heads()], rows, left=1))
     return "".join(made)
 
 
@@ -59,7 +60,7 @@ def _runs_table(runs: Sequence[Values]) -> str:
             percent(ettr),
         ]
         rows.append([*about, *_cells(mapping(run.get("account")))])
-    return _table("Runs", ["run", "state", "wall time", "ETTR", *_heads()], rows, left=2)
+    return table("Runs", ["run", "state", "wall time", "ETTR", *_heads()], rows, left=2)
 
 
 def _stages_table(run: Values) -> str:
@@ -72,7 +73,7 @@ def _stages_table(run: Values) -> str:
             [*about, *(_cells(mapping(stage.get("account"))) if stage.get("attempts") else [""] * len(_COLUMNS))]
         )
     rows.append(["total", "", "", "", *_cells(mapping(run.get("account")))])
-    return _table("Stages", ["stage", "state", "images", "attempts", *_heads()], rows, left=2, total=True)
+    return table("Stages", ["stage", "state", "images", "attempts", *_heads()], rows, left=2, total=True)
 
 
 def _attempts_table(run: Values) -> str:
@@ -95,7 +96,7 @@ def _attempts_table(run: Values) -> str:
         for stage in run.get("stages") or []
         for attempt in stage.get("attempts") or []
     ]
-    return _table("Attempts", heads, rows, left=8, fold=len(rows) > _FOLD)
+    return table("Attempts", heads, rows, left=8, fold=len(rows) > _FOLD)
 
 
 def _attempt_cells(attempt: Values) -> list[str]:
@@ -138,7 +139,7 @@ def _forecast(forecast: Values) -> str:
         if value is not None:
             rows.append([label, digits(value)])
     how = f'<p class="note">{escape(str(forecast["how"]))}</p>' if forecast.get("how") else ""
-    return _table("Forecast to the end of the chain", [], rows, left=2) + how if rows else how
+    return table("Forecast to the end of the chain", [], rows, left=2) + how if rows else how
 
 
 def _budget(budget: Iterable[Values]) -> str:
@@ -188,8 +189,8 @@ def _slurm(found: Values) -> str:
         about = [_plain(each.get(name)) for name in ("job", "name", "stage", "state", "user")]
         unmatched.append([*about, "" if seconds is None else digits(seconds / 3600)])
     heads = ["job", "name", "stage", "state", "user", "GPU-hours"]
-    made = _table("Slurm's account, in GPU-hours", [], rows, left=2)
-    return made + _table("Slurm's rows in which no attempt ran", heads, unmatched, left=5)
+    made = table("Slurm's account, in GPU-hours", [], rows, left=2)
+    return made + table("Slurm's rows in which no attempt ran", heads, unmatched, left=5)
 
 
 def _heads(columns: Sequence[tuple[str, str, Callable[[float], str]]] = _COLUMNS) -> list[str]:
@@ -202,39 +203,3 @@ def _cells(account: Values, columns: Sequence[tuple[str, str, Callable[[float], 
 
 def _plain(value: object) -> str:
     return "" if value is None else str(value)
-
-
-def _table(
-    title: str,
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    left: int,
-    total: bool = False,
-    fold: bool = False,
-) -> str:
-    """A table without the columns that are empty in all rows; nothing if it has no rows.
-
-    Args:
-        title: Above it.
-        heads: One for each column; without any these are facts, whose text may be long.
-        rows: Text, not yet escaped.
-        left: How many columns are text; the others are numbers.
-        total: Whether the last row is a sum.
-        fold: Whether it is folded at first.
-    """
-    if not rows:
-        return ""
-    kept = [column for column in range(len(rows[0])) if any(row[column] for row in rows)]
-    words = len([column for column in kept if column < left])
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cells[column])}</{tag}>" for column in kept) + "</tr>"
-
-    head = f"<thead>{line(heads, 'th')}</thead>" if heads else ""
-    body = "".join(line(row, "td") for row in rows)
-    kind = f"left{words}{' sum' if total else ''}{'' if heads else ' facts'}"
-    table = f'<div class="wide"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
-    if fold:
-        return f"<details><summary>{escape(title)} ({len(rows):,})</summary>{table}</details>"
-    return figure(title, table)

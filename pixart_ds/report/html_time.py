@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from pixart_ds.log import duration
-from pixart_ds.report.charts import Lane, Part, Span, Stack, digits, gantt_chart, number, stack_chart
+from pixart_ds.page.charts import Part, Stack, digits, number, stack_chart
+from pixart_ds.page.parts import colour_keys, figure
+from pixart_ds.page.words import counted, moment, percent, spaced
+from pixart_ds.report.gantt import Lane, Span, gantt_chart
 from pixart_ds.report.html_facts import Values, made_at, mapping
-from pixart_ds.report.html_parts import colour_keys, counted, figure, hosts_told, moment, per_run, spaced
-from pixart_ds.report.words import PARTS_TOLD, percent, unit
+from pixart_ds.report.html_parts import hosts_told, per_run
+from pixart_ds.report.words import PARTS_TOLD, unit
 
 _OUTCOMES = {
     "done": "the stage ended",

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 
 from pixart_ds.errors import DataError
+from pixart_ds.page.charts import Axis, Line, plot
+from pixart_ds.page.parts import colour_keys, figure
 from pixart_ds.report import pictures as of_pictures
-from pixart_ds.report.charts import Axis, Line, plot
 from pixart_ds.report.curves import Curve, Point, Stretch, smoothed, stretches
 from pixart_ds.report.html_facts import Values
-from pixart_ds.report.html_parts import colour_keys, figure
 
 
 def training_section(run: Values, curves: Mapping[str, Mapping[str, list[Curve]]]) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pixart_ds.ledger.entries import PARTS
-from pixart_ds.report.words import digits, percent, unit
+from pixart_ds.page.words import digits, percent
+from pixart_ds.report.words import unit
 
 _ABOUT = (
     "attempt",

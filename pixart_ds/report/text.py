@@ -10,7 +10,8 @@ from typing import Any
 from pixart_ds.ledger.budget import WARN_AT
 from pixart_ds.ledger.entries import PARTS
 from pixart_ds.log import duration
-from pixart_ds.report.words import digits, percent, unit
+from pixart_ds.page.words import digits, percent
+from pixart_ds.report.words import unit
 
 _WIDTH = 116
 _MOST_ATTEMPTS = 30

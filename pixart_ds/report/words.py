@@ -1,8 +1,7 @@
-"""How figures are written for people, in the text, the tables and the page."""
+"""How the account of a run is told, in the text, the tables and the page."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,23 +16,6 @@ PARTS_TOLD = {
     "unattributed": "nobody wrote down what it was",
 }
 """The categories of an allocation's time, in the sequence of `ledger.entries.PARTS`."""
-
-
-def digits(value: float | None) -> str:
-    """Three significant digits without an exponent: 0.00123, 12.3, 1,234; a dash for what is not known."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    if value == 0:
-        return "0"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(decimals, 6)}f}"
-
-
-def percent(value: float | None) -> str:
-    """93.1%; a dash for what is not known."""
-    return "-" if value is None else f"{value:.1%}"
 
 
 def unit(account: Mapping[str, Any]) -> tuple[str, str, float]:

@@ -90,7 +90,7 @@ def denoise(
 
     Args:
         factor: The VAE's: pixels of a side for each latent.
-        null_embeds: (L, D) features of the empty caption, for guidance; None where they are not needed.
+        null_embeds: (L, D) features of the empty caption's real tokens, for guidance; None where they are not needed.
         null_caption: What guidance leads away from: these features under their own mask, or the weights' null caption under the
             prompt's mask.
         at_once: Pictures together, at most; guidance doubles them.

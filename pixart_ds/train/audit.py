@@ -390,17 +390,15 @@ def show_step(root: Path, stage: str | None, step: int) -> dict[str, Any]:
     }
 
 
-def _names(era: _Era, plan: StepPlan) -> list[str | None]:
-    """The pictures' names, where the set's rows are at hand."""
-    found: list[str | None] = [None] * len(plan)
-    for number, (prepared, config) in enumerate(zip(era.sets, era.config.data.sets, strict=True)):
-        path = Path(config.path) / "rows.npz"
+def _names(era: _Era, plan: StepPlan) -> list[str]:
+    """The pictures' names."""
+    found = [""] * len(plan)
+    for number, prepared in enumerate(era.sets):
         mine = np.flatnonzero(plan.set_index == number)
-        if not path.exists() or not len(mine):
+        if not len(mine):
             continue
-        with np.load(path, allow_pickle=False) as columns:
-            names = columns["name"]
         first = prepared.counts.cumsum() - prepared.counts
-        for place, at in zip(mine.tolist(), (first[plan.group[mine]] + plan.row[mine]).tolist(), strict=True):
-            found[place] = str(names[at])
+        names = prepared.names_of(first[plan.group[mine]] + plan.row[mine])
+        for place, name in zip(mine.tolist(), names, strict=True):
+            found[place] = name
     return found

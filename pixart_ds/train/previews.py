@@ -170,7 +170,7 @@ class Previews:
                     net,
                     self._prepared.description.downsampling_factor,
                     mine[done : done + at_once],
-                    null_embeds=self._prepared.null_embeds,
+                    null_embeds=self._prepared.null_embeds[: self._prepared.null_length],
                     guidance_scale=previews.guidance_scale,
                     num_inference_steps=previews.num_inference_steps,
                     scheduler=previews.scheduler,

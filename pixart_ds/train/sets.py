@@ -7,6 +7,9 @@ from pixart_ds.data.shards import PreparedSet
 from pixart_ds.errors import ConfigError
 from pixart_ds.plan.order import Order
 
+_AGREED = ("scaling_factor", "shift_factor", "vae_fingerprint", "text_fingerprint", "ratios", "caption_codec")
+"""What the sets of one stage say alike."""
+
 
 def open_sets(stage: StageConfig) -> list[PreparedSet]:
     """Opens and checks every set of the stage.
@@ -22,7 +25,7 @@ def open_sets(stage: StageConfig) -> list[PreparedSet]:
         for line in _problems(stage, prepared, config.path)
     ]
     for prepared, config in zip(sets[1:], stage.data.sets[1:], strict=True):
-        for key in ("scaling_factor", "shift_factor", "vae_fingerprint", "text_fingerprint", "ratios"):
+        for key in _AGREED:
             first, other = getattr(sets[0].description, key), getattr(prepared.description, key)
             if first != other:
                 problems.append(f"{config.path}: {key} {other} differs from that of {stage.data.sets[0].path}, {first}")

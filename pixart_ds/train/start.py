@@ -39,7 +39,8 @@ def initial_weights(run: RunLayout, stage: StageConfig, net: PixArt | DiT, sets:
     """
     initialise(net, stage.seed)
     if isinstance(net, PixArt):
-        net.set_null_caption(torch.from_numpy(sets[0].null_embeds).float())
+        longest = max(sets, key=lambda prepared: len(prepared.null_embeds))  # all are of one text encoder
+        net.set_null_caption(torch.from_numpy(longest.null_embeds).float())
     fresh = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     if stage.init.source == "scratch":
         return Start(fresh, {"source": "scratch", "seed": stage.seed})

@@ -15,11 +15,12 @@ import torch
 from pixart_ds.config.schema import SetConfig
 from pixart_ds.data.loader import Loader
 from pixart_ds.data.reader import MicroBatch, sample_digest
-from pixart_ds.data.shards import PreparedSet, SetWriter
+from pixart_ds.data.shards import PreparedSet
+from pixart_ds.data.writer import SetWriter
 from pixart_ds.diffusion.noise import draw
 from pixart_ds.errors import DataError
 from pixart_ds.plan.order import Order
-from tests.helpers.sets import BUCKET_SIZES, GROUPS, RATIOS, description, finish, row, tiny_set
+from tests.helpers.sets import BUCKET_SIZES, GROUPS, RATIOS, description, finish, row, shard_file, tiny_set
 
 BATCH = 12
 SAMPLES = sum(count for _, count in GROUPS)
@@ -184,15 +185,14 @@ def test_close_ends_the_threads(made: PreparedSet) -> None:
 def test_damage_is_named_and_never_delivered(tmp_path: Path, fault: str) -> None:
     made = tiny_set(tmp_path)
     loader = loader_of(made)
-    folder = Path(made.path) / "latents-48-buckets"
-    shard = folder / "part-00002/shard.00000.mds"
+    shard = shard_file(made.path, "latents-48-buckets", 2)
     if fault == "flipped":
         data = bytearray(shard.read_bytes())
         data[-3] ^= 1
         shard.write_bytes(data)
         words = "the shard is damaged: its xxh3 hash is"
     elif fault == "swapped":  # the same size and partition, but other rows
-        other = folder / "part-00000/shard.00000.mds"
+        other = shard_file(made.path, "latents-48-buckets", 0)
         one, two = shard.read_bytes(), other.read_bytes()
         shard.write_bytes(two)
         other.write_bytes(one)
@@ -223,13 +223,9 @@ def test_rows_that_are_not_the_planned_ones_are_refused(tmp_path: Path, other: s
     """Index and shards agree with each other, but not with the manifest: two parts changed places."""
     made = tiny_set(tmp_path)
     index = Path(made.path) / "latents-48-buckets/index.json"
-    text = index.read_text()
-    for old, new in (("part-00000/", "part-x/"), (f"{other}/", "part-00000/"), ("part-x/", f"{other}/")):
-        text = text.replace(old, new)
-    shards = json.loads(text)
-    first, second = shards["shards"][0]["raw_data"], shards["shards"][int(other[-1])]["raw_data"]
-    for key in ("bytes", "hashes"):
-        first[key], second[key] = second[key], first[key]
+    shards = json.loads(index.read_text())
+    first, second = shards["shards"][0], shards["shards"][int(other[-1])]
+    first["raw_data"], second["raw_data"] = second["raw_data"], first["raw_data"]
     index.write_text(json.dumps(shards))
     with pytest.raises(DataError, match=words):
         steps(PreparedSet.open(made.path), 5)
@@ -238,7 +234,7 @@ def test_rows_that_are_not_the_planned_ones_are_refused(tmp_path: Path, other: s
 def test_latents_of_another_shape_are_refused(tmp_path: Path) -> None:
     """As many bytes as those of the bucket, but lying instead of standing."""
     writer = SetWriter(tmp_path, description())
-    writer.write_group(0, 0, [row(number, 2) for number in range(8)])
+    writer.write_part(0, 0, [row(number, 2) for number in range(8)])
     finish(writer)
     with pytest.raises(DataError, match=r"row \d has latents of shape \(8, 8, 4\), its bucket \(8, 4, 8\)"):
         steps(PreparedSet.open(tmp_path), 1)

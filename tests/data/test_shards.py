@@ -8,14 +8,16 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pixart_ds.config.schema import SetConfig
-from pixart_ds.data.shards import PreparedSet, SetWriter
-from pixart_ds.errors import DataError
-from tests.helpers.sets import GROUPS, description, finish, row, tiny_set, write_parts
+from pixart_ds.data.shards import PreparedSet
+from pixart_ds.data.writer import SetWriter
+from pixart_ds.errors import ConfigError, DataError
+from tests.helpers.sets import GROUPS, description, finish, row, shard_file, tiny_set, write_parts
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> PreparedSet:
 def test_rows_read_back_as_they_were_written(made: PreparedSet) -> None:
     assert made.num_samples == sum(count for _, count in GROUPS)
     assert made.partitions.tolist() == [partition for partition, _ in GROUPS]
-    assert made.null_embeds.tolist() == [[0.5] * 6]
+    assert made.null_embeds.tolist() == [[0.5] * 6] * 9
+    assert made.null_length == 1
     assert [(text, embeds.shape) for text, embeds in made.prompts] == [("a cat", (3, 6))]
     number = 0
     for group, (partition, count) in enumerate(GROUPS):
@@ -79,10 +82,8 @@ def test_the_stub_for_torchvision_is_still_needed() -> None:
 def test_a_killed_writer_goes_on_and_makes_the_same_set(made: PreparedSet, tmp_path: Path) -> None:
     writer = SetWriter(tmp_path, description())
     write_parts(writer, GROUPS[:2])
-    stale = tmp_path / "captions" / "part-00002"  # renamed, but killed before the part's marker
-    stale.mkdir()
-    (stale / "shard.00000.mds").write_bytes(b"half")
-    (tmp_path / "latents-32-square" / f".part-00002.{os.getpid()}.tmp").mkdir()
+    (tmp_path / "captions/part-00002-0123.mds").write_bytes(b"half")  # sent, but killed before the part's marker
+    (tmp_path / ".scratch/0/latents-32-square").mkdir(parents=True)
     with pytest.raises(DataError, match=r"no finished set: .*manifest\.json is missing") as caught:
         PreparedSet.open(tmp_path)
     assert "run the same `pixart-ds prepare` again, or `upload`" in str(caught.value)
@@ -109,7 +110,7 @@ def test_square_latents_are_one_bucket_and_others_have_one_for_each_ratio(made: 
     assert square.counts.tolist() == [count for _, count in GROUPS]
 
 
-def chosen(made: PreparedSet, **config: float) -> set[int]:
+def chosen(made: PreparedSet, **config: Any) -> set[int]:
     rows = made.rows_for("32-square", SetConfig.model_validate({"path": "x", **config}))
     starts = np.concatenate([[0], rows.counts.cumsum()[:-1]])
     selected = rows.selected or (None,) * len(rows.counts)
@@ -125,8 +126,12 @@ def test_counts_and_filters(made: PreparedSet) -> None:
     assert chosen(made, count=10) < chosen(made, count=11) < set(everything)
     assert len(chosen(made, count=10)) == 10
     assert len(chosen(made, count=999)) == len(everything)
-    scored = {n for n, r in everything.items() if r.aesthetic_score is not None and r.aesthetic_score >= 1.25}
-    assert chosen(made, min_aesthetic_score=1.25) == scored
+    scored = {n: r.numbers["aesthetic_score"] for n, r in everything.items() if r.numbers}
+    assert chosen(made, minimum={"aesthetic_score": 1.25}) == {n for n, score in scored.items() if score >= 1.25}
+    assert chosen(made, maximum={"aesthetic_score": 1.25}) == {n for n, score in scored.items() if score <= 1.25}
+    with pytest.raises(ConfigError, match="the rows have no number 'punsafe'") as caught:
+        chosen(made, minimum={"punsafe": 1})
+    assert "filter by one of: aesthetic_score" in str(caught.value)
     flat = {n for n, r in everything.items() if r.original_height / r.original_width <= 1.0}
     assert chosen(made, max_ratio=1.0) == flat
     assert chosen(made, min_ratio=1.0) == {
@@ -157,7 +162,7 @@ def test_what_is_said_of_sets_that_cannot_be_read(made: PreparedSet, tmp_path: P
 @pytest.mark.parametrize("fault", ["missing", "truncated", "index"])
 def test_what_is_said_of_damaged_sets(tmp_path: Path, fault: str) -> None:
     path = Path(tiny_set(tmp_path).path)
-    shard = path / "latents-32-square/part-00001/shard.00000.mds"
+    shard = shard_file(path, "latents-32-square", 1)
     if fault == "missing":
         shard.unlink()
         words = f"{shard} is missing"
@@ -179,5 +184,5 @@ def test_what_is_said_of_damaged_sets(tmp_path: Path, fault: str) -> None:
 def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:
     writer = SetWriter(tmp_path, description(caption_channels=7))
     with pytest.raises(DataError, match=r"pictures/0.png: caption features are float16"):
-        write_parts(writer, GROUPS)
+        writer.write_part(0, 1, [row(0, 1)])
     assert writer.parts_done() == set()

@@ -12,7 +12,7 @@ from pixart_ds.doctor.probes import data
 from pixart_ds.layout import RunLayout
 from tests.doctor.subjects import make_run, subject
 from tests.helpers.s3 import S3Server
-from tests.helpers.sets import tiny_set
+from tests.helpers.sets import shard_file, tiny_set
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_sound_set_in_a_folder(run: RunLayout, tmp_path: Path) -> None:
 
 
 def test_a_damaged_shard(run: RunLayout, tmp_path: Path) -> None:
-    shard = tmp_path / "set" / "captions" / "part-00000" / "shard.00000.mds"
+    shard = shard_file(tmp_path / "set", "captions", 0)
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
@@ -140,9 +140,10 @@ def test_wrong_keys(remote: RunLayout, bucket: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.store
 def test_a_shard_that_is_missing_in_the_store(remote: RunLayout, s3: S3Server, bucket: str) -> None:
-    s3.delete(bucket, "set/captions/part-00000/shard.00000.mds")
+    (name,) = (name for name in s3.list(bucket) if name.startswith("set/captions/part-00000-"))
+    s3.delete(bucket, name)
     found = by_name(data.sets(subject(remote)))
     assert found["data.sets"].verdict == "ok"
     assert found["data.shards"].verdict == "failed"
-    assert "part-00000/shard.00000.mds is not in the store (error NoSuchKey)" in found["data.shards"].evidence
+    assert f"{Path(name).name} is not in the store (error NoSuchKey)" in found["data.shards"].evidence
     assert found["data.throughput"].verdict == "failed"

@@ -16,6 +16,7 @@ from pixart_ds.config.freeze import open_run, read_stage
 from pixart_ds.engine.checkpoint import Reader
 from pixart_ds.engine.handover import read_handover
 from pixart_ds.layout import RunLayout
+from tests.helpers.sets import shard_file
 
 pytestmark = pytest.mark.e2e
 
@@ -197,7 +198,7 @@ def test_checkpoints_are_listed_shown_and_verified(demo: tuple[Path, str], tmp_p
 
 
 def test_bad_data_is_told_before_a_process_starts(demo: tuple[Path, str], tmp_path: Path) -> None:
-    shard = demo[0] / "data/latents-32-square/part-00003/shard.00000.mds"
+    shard = shard_file(demo[0] / "data", "latents-32-square", 3)
     run = tmp_path / "run"
     sets = f"*.data.sets=[{{path: {demo[0] / 'data'}}}]"
     assert call("create", run, "--chain", "smoke/chain", "--set", sets).returncode == 0

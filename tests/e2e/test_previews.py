@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_pictures(folder / "pictures", 60, seed=1)
     encoders = ROOT / "pixart_ds/demo/encoders"
-    sets = {"source": folder / "pictures", "output": folder / "set", "vae": encoders / "vae"}
+    sets = {"source.path": folder / "pictures", "output": folder / "set", "vae": encoders / "vae"}
     sets |= {"text_encoder": encoders / "text", "prompts": PROMPTS}
     words = (word for key, value in sets.items() for word in ("--set", f"{key}={value}"))
     answer = call("prepare", "smoke/prepare", *words)

@@ -39,7 +39,7 @@ def prepare_small(folder: Path) -> Path:
     write_pictures(folder / "pictures", 60, seed=1)
     encoders = ROOT / "pixart_ds/demo/encoders"
     sets = [
-        f"source={folder / 'pictures'}",
+        f"source.path={folder / 'pictures'}",
         f"output={folder / 'set'}",
         f"vae={encoders / 'vae'}",
         f"text_encoder={encoders / 'text'}",

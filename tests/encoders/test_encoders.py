@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from pixart_ds.demo.judge import score
 from pixart_ds.demo.pictures import WORDS, caption, draw, scenes
-from pixart_ds.encoders.latents import KLEncoder
-from pixart_ds.encoders.text import T5Encoder
-from pixart_ds.errors import ConfigError
+from pixart_ds.encoders.fingerprint import Precision, fingerprint
+from pixart_ds.encoders.latents import KLEncoder, LatentsOverflow
+from pixart_ds.encoders.text import T5Encoder, keep_in_fp32
+from pixart_ds.errors import ConfigError, DataError
 
 ENCODERS = Path(__file__).resolve().parents[2] / "pixart_ds/demo/encoders"
 
@@ -70,7 +75,148 @@ def test_every_word_is_known_and_long_captions_are_cut_and_counted(text: T5Encod
     assert tokenizer.unk_token_id in tokenizer("a zebra").input_ids
     long = " ".join(["red"] * 50)
     assert len(text.encode([long])[0]) == 40
-    assert text.count_truncated([long, "a red circle", " ".join(["red"] * 39)]) == 1
+    assert text.num_tokens([long, "a red circle", "", " ".join(["red"] * 39)]) == [51, 4, 1, 40]
+
+
+def test_the_empty_caption_is_padded_and_its_padding_has_features(text: T5Encoder) -> None:
+    features, mask = text.null()
+    assert (features.shape, features.dtype) == ((40, 64), np.float16)
+    assert mask.tolist() == [1] + [0] * 39
+    assert np.abs(features[:1].astype(np.float32) - text.encode([""])[0]).max() < 2e-3
+    assert (np.abs(features).max(1) > 0).all()
+    shorter, mask = T5Encoder(str(ENCODERS / "text"), 7).null()
+    assert mask.tolist() == [1] + [0] * 6
+    assert off(shorter, features[:7]) < 1e-3
+
+
+def test_captions_are_cleaned_only_where_that_is_asked_for(text: T5Encoder) -> None:
+    clean = T5Encoder(str(ENCODERS / "text"), 40, clean=True)
+    written = "A <b>red</b> circle &amp;amp; https://example.com/1.png"
+    from pixart_ds.encoders.clean import clean_caption
+
+    assert clean.num_tokens([written]) == text.num_tokens([clean_caption(written)]) != text.num_tokens([written])
+    assert np.array_equal(clean.encode([written])[0], text.encode([clean_caption(written)])[0])
+    assert np.array_equal(clean.null()[0], text.null()[0])
+    assert clean.settings == "fp32, cleaned, up to 40 tokens"
+    assert text.settings == "fp32, as they are, up to 40 tokens"
+
+
+def off(one: npt.NDArray[np.float16], two: npt.NDArray[np.float16]) -> float:
+    """Relative distance."""
+    first, second = one.astype(np.float64), two.astype(np.float64)
+    return float(np.linalg.norm(first - second) / np.linalg.norm(second))
+
+
+def t5_with(folder: Path, change: Callable[[torch.nn.Module], None]) -> str:
+    """A random T5 v1.1 (gated GELU) with the toy encoder's tokenizer, changed."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(3)
+    config = T5Config(
+        vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    model = T5EncoderModel(config)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder)
+    for file in (ENCODERS / "text").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return str(folder)
+
+
+def _enlarge(model: torch.nn.Module) -> None:
+    """Outputs of the MLPs' second layers beyond 65504, as those of the published encoders."""
+    for name, weight in model.named_parameters():
+        if name.endswith("wo.weight"):
+            weight.mul_(1e4 / weight.std())
+        elif "wi_" in name:
+            weight.mul_(0.3 / weight.std())
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_lower_precision_gives_nearly_the_same_features(text: T5Encoder, precision: Precision, bound: float) -> None:
+    captions = [caption(scene) for scene in scenes(6, 2)]
+    low = T5Encoder(str(ENCODERS / "text"), 40, precision=precision)
+    assert low.settings.startswith(precision)
+    for one, two in zip(low.encode(captions), text.encode(captions), strict=True):
+        assert one.dtype == np.float16
+        assert off(one, two) < bound
+
+
+def test_fp16_stays_right_where_the_second_layers_overflow_it(tmp_path: Path) -> None:
+    folder = t5_with(tmp_path / "t5", _enlarge)
+    captions = [caption(scene) for scene in scenes(8, 1)]
+    full, half = T5Encoder(folder, 40), T5Encoder(folder, 40, precision="fp16")
+    outputs: list[torch.Tensor] = []
+    layers = [each.wo for each in full._model.modules() if hasattr(each, "wo")]
+    hooks = [layer.register_forward_hook(lambda *given: outputs.append(given[2])) for layer in layers]
+    wanted = full.encode(captions)
+    for hook in hooks:
+        hook.remove()
+    assert max(float(output.abs().max()) for output in outputs) > 3 * 65504
+    kinds = {name.split(".")[-2]: weight.dtype for name, weight in half._model.named_parameters()}
+    assert (kinds.pop("wo"), set(kinds.values())) == (torch.float32, {torch.float16})
+    assert max(off(one, two) for one, two in zip(half.encode(captions), wanted, strict=True)) < 0.01
+    for layer in (each.wo for each in half._model.modules() if hasattr(each, "wo")):
+        layer.half()  # as a library would leave them that does not know of it
+    # T5's code cuts infinities down: nothing would tell
+    assert max(off(one, two) for one, two in zip(half.encode(captions), wanted, strict=True)) > 0.1
+    keep_in_fp32(half._model)
+    assert max(off(one, two) for one, two in zip(half.encode(captions), wanted, strict=True)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("precision", "remedy"), [("fp16", "set text_precision to bf16 or fp32"), ("fp32", "look at the encoder's weights")]
+)
+def test_features_that_fp16_cannot_hold_are_refused_with_the_caption(
+    tmp_path: Path, precision: Precision, remedy: str
+) -> None:
+    def loud(model: torch.nn.Module) -> None:
+        """Features of one token, "red", are too large; those before it attend to it with no weight."""
+        for name, weight in model.named_parameters():
+            if name.endswith("final_layer_norm.weight"):
+                weight.fill_(2e4)
+            elif name.endswith((".o.weight", "wo.weight")):
+                weight.zero_()
+        token = json.loads((ENCODERS / "text/tokenizer.json").read_text())["model"]["vocab"]["red"]
+        shared = model.get_input_embeddings().weight  # type: ignore[operator]
+        shared.fill_(1)
+        shared[token] = torch.eye(32)[0]
+
+    encoder = T5Encoder(t5_with(tmp_path / "t5", loud), 40, precision=precision)
+    assert encoder.encode(["a blue circle"])[0].max() < 65504
+    with pytest.raises(DataError, match="not finite in fp16 for the caption 'a red circle'") as caught:
+        encoder.encode(["a blue circle", "a red circle"])
+    assert caught.value.remedy == remedy
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 5e-3), ("bf16", 5e-2)])
+def test_lower_precision_gives_nearly_the_same_latents(vae: KLEncoder, precision: Precision, bound: float) -> None:
+    images = np.stack([draw(scene, np.random.default_rng(1), 32, 32) for scene in scenes(4, 1)])
+    low = KLEncoder(str(ENCODERS / "vae"), precision=precision)
+    moments = low.encode(images)
+    assert moments.dtype == np.float32
+    assert (moments[:, 4:] > 0).all()
+    assert off(moments[:, :4], vae.encode(images)[:, :4]) < bound
+    assert off(moments[:, 4:], vae.encode(images)[:, 4:]) < bound
+    assert low.decode(torch.from_numpy(moments[:, :4]) * low.scaling_factor).shape == images.shape
+
+
+def test_a_vae_that_overflows_fp16_is_refused_with_the_picture_and_what_to_do(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(ENCODERS / "vae")
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(1e5)
+    vae.save_pretrained(tmp_path / "vae")
+    images = np.full((3, 32, 32, 3), 128, np.uint8)  # hardly more than zero
+    images[1], images[2, :16] = 255, 0
+    with pytest.raises(LatentsOverflow, match="not finite in fp16 for picture 1 of a batch of 3") as caught:
+        KLEncoder(str(tmp_path / "vae"), precision="fp16").encode(images)
+    assert caught.value.pictures == (1, 2)
+    assert "vae_precision: fp32" in str(caught.value)
+    assert np.isfinite(KLEncoder(str(tmp_path / "vae"), precision="fp16").encode(images[:1])).all()
+    assert np.isfinite(KLEncoder(str(tmp_path / "vae")).encode(images)).all()
 
 
 def test_what_is_said_of_folders_that_hold_no_encoder(tmp_path: Path) -> None:
@@ -83,10 +229,30 @@ def test_what_is_said_of_folders_that_hold_no_encoder(tmp_path: Path) -> None:
 
 
 def test_fingerprints_follow_the_files(vae: KLEncoder, text: T5Encoder, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(ENCODERS / "vae", tmp_path / "vae")
     assert KLEncoder(str(tmp_path / "vae")).fingerprint == vae.fingerprint != text.fingerprint
     config = tmp_path / "vae" / "config.json"
     config.write_text(config.read_text().replace('"scaling_factor": 0.', '"scaling_factor": 1.'))
     assert KLEncoder(str(tmp_path / "vae")).fingerprint != vae.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")
+def test_a_hub_name_is_known_by_the_commit_that_was_loaded(
+    text: T5Encoder, vae: KLEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache as a download leaves it: a name of the branch, and a folder for each commit."""
+    import huggingface_hub.constants as hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for kind in ("text", "vae"):
+        cached = tmp_path / f"models--owner--{kind}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs/main").write_text(commit)
+        shutil.copytree(ENCODERS / kind, cached / "snapshots" / commit)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    named = T5Encoder("owner/text", 40)
+    assert named.fingerprint == f"hub:owner/text@{commit}"
+    assert np.array_equal(named.encode(["a red circle"])[0], text.encode(["a red circle"])[0])
+    assert KLEncoder("owner/vae").fingerprint == f"hub:owner/vae@{commit}"
+    assert fingerprint("owner/absent") == "hub:owner/absent"

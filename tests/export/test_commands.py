@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from pixart_ds.cli import main
 from pixart_ds.config.schema import ModelConfig
-from pixart_ds.engine.foreign import NULL_CAPTION
+from pixart_ds.engine.foreign import NULL_CAPTION, OUR_NOTE
+from pixart_ds.engine.weights import open_weights
 from pixart_ds.model import build
 from pixart_ds.model.positions import position_embedding
 from tests.model.test_nets import randomised, small, small_dit
@@ -127,6 +128,17 @@ def test_sources_make_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
     told = answer(capsys, "sample", tmp_path / "pipeline", "--prompt", "x", "--out", tmp_path / "x.png", code=5)
     assert "holds raw weights, not ema" in told
     assert "--weights raw" in told
+
+
+def test_an_export_says_whether_captions_were_cleaned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    official(tmp_path / "official.pth", net())
+    answer(capsys, "import", tmp_path / "official.pth", "--out", tmp_path / "ours")
+    answer(capsys, "export", tmp_path / "ours", "--weights", "raw", "--out", tmp_path / "pipeline", *BOTH)
+    assert open_weights(tmp_path / "pipeline", kind="raw").clean_captions is None
+    note = json.loads((tmp_path / "pipeline" / OUR_NOTE).read_text())
+    (tmp_path / "pipeline" / OUR_NOTE).write_text(json.dumps({**note, "clean_captions": False}))  # as of a run's set
+    answer(capsys, "export", tmp_path / "pipeline", "--weights", "raw", "--out", tmp_path / "again")
+    assert open_weights(tmp_path / "again", kind="raw").clean_captions is False
 
 
 def test_every_option_of_sampling_changes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.encoders.text import T5Encoder
 from pixart_ds.errors import CheckpointError, ConfigError
-from pixart_ds.export.diffusers import export_pipeline, sample_export, transformer_of
+from pixart_ds.export.diffusers import export_pipeline, pipeline_of, sample_export, transformer_of
 from pixart_ds.model import build
 from pixart_ds.model.names import from_diffusers, to_diffusers
 from pixart_ds.sampling.generate import Wish, generate
@@ -96,14 +96,23 @@ def test_the_pipelines_picture_is_ours(tmp_path: Path, micro: bool, scheduler: s
         tmp_path / "pipeline", prompt, size, guidance_scale=2.0, num_inference_steps=6, seed=3, scheduler=scheduler
     )
     text = T5Encoder(str(ENCODERS / "text"), 40)
-    features, null = text.encode([prompt, ""])
+    features, (null, mask) = text.encode([prompt])[0], text.null()
     ours = generate(
-        net.eval(), KLEncoder(str(ENCODERS / "vae")), [Wish(features, size, 3)], null_embeds=null,
+        net.eval(), KLEncoder(str(ENCODERS / "vae")), [Wish(features, size, 3)], null_embeds=null[: mask.sum()],
         guidance_scale=2.0, num_inference_steps=6, scheduler=scheduler,
     )[0]  # fmt: skip
     assert ours.shape == theirs.shape == (40, 56, 3)
     assert np.abs(ours.astype(int) - theirs).mean() < 1.0  # features are rounded to fp16 on our side
     assert ours.std() > 5
+
+
+def test_the_pipelines_negative_prompt_is_our_empty_caption() -> None:
+    config = small(caption_channels=64, max_tokens=40)
+    pipeline = pipeline_of(config, dict(build(config).state_dict()), str(ENCODERS / "vae"), str(ENCODERS / "text"))
+    _, _, theirs, their_mask = pipeline.encode_prompt("a red circle", max_sequence_length=40)
+    null, mask = T5Encoder(str(ENCODERS / "text"), 40).null()
+    assert np.array_equal(their_mask[0].numpy(), mask)
+    assert np.array_equal(theirs[0].detach().numpy().astype(np.float16), null)  # of the padding too
 
 
 def test_an_export_replaces_its_like_and_nothing_else(tmp_path: Path) -> None:

@@ -1,82 +1,190 @@
-"""From a folder of pictures to a prepared set: what is in it, what is left out, and what a killed run keeps."""
+"""From a folder of pictures to a prepared set: what is in it, what is left out, what is kept, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
+from pixart_ds import files
 from pixart_ds.config.load import load_prepare
 from pixart_ds.config.schema import PrepareConfig
 from pixart_ds.data.shards import PreparedSet
-from pixart_ds.demo.pictures import caption, draw, scenes, write_pictures
+from pixart_ds.demo.pictures import write_pictures
+from pixart_ds.encoders.clean import clean_caption
 from pixart_ds.encoders.latents import KLEncoder
-from pixart_ds.errors import ConfigError, DataError
-from pixart_ds.prepare.pipeline import plan_of, prepare
-from pixart_ds.prepare.sources import load_cut, size_of
+from pixart_ds.encoders.text import T5Encoder
+from pixart_ds.errors import ConfigError, DataError, MachineError
+from pixart_ds.prepare.parts import Plan
+from pixart_ds.prepare.pictures import load_cut
+from pixart_ds.prepare.pipeline import Task, dry_run, prepare, words_of, work_folder
+from tests.helpers.disk import small_disk
 
 ENCODERS = Path(__file__).resolve().parents[2] / "pixart_ds/demo/encoders"
 
 
-def overrides(source: Path, output: Path, *more: str) -> list[str]:
+def overrides(source: Path, output: Path | str, *more: str) -> list[str]:
     return [
-        f"source={source}",
+        f"source.path={source}",
         f"output={output}",
         f"vae={ENCODERS / 'vae'}",
         f"text_encoder={ENCODERS / 'text'}",
+        "prompts=[a red circle]",
         *more,
     ]
 
 
-def config_of(source: Path, output: Path, *more: str) -> PrepareConfig:
-    return load_prepare("smoke/prepare", overrides(source, output, "prompts=[a red circle]", *more))
+def config_of(source: Path, output: Path | str, *more: str) -> PrepareConfig:
+    return load_prepare("smoke/prepare", overrides(source, output, *more))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a set that others may see, but the page, which says how long it took."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    shown = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+    return {str(path): (folder / path).read_bytes() for path in shown if path.name != "summary.html"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "pictures"
+    write_pictures(folder, 30, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(pictures: Path) -> Path:
+    prepare(config_of(pictures, pictures.parent / "set"))
+    return pictures.parent / "set"
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    write_pictures(tmp_path / "pictures", 30, seed=2)
+def source(pictures: Path, tmp_path: Path) -> Path:
+    """Pictures that a test may spoil."""
+    subprocess.run(["cp", "-r", str(pictures), str(tmp_path / "pictures")], check=True)
     return tmp_path / "pictures"
 
 
-def test_everything_that_a_picture_has_is_in_the_set(source: Path, tmp_path: Path) -> None:
-    report = prepare(config_of(source, tmp_path / "set"))
-    made = PreparedSet.open(tmp_path / "set")
-    assert (report.samples, made.num_samples, report.skipped) == (30, 30, 0)
-    assert made.description.classes == tuple(sorted({path.parent.name for path in source.rglob("*.txt")}))
-    vae = KLEncoder(str(ENCODERS / "vae"))
-    seen = set()
-    for group, (partition, count) in enumerate(zip(made.partitions, made.counts, strict=True)):
-        text, image = made.source("captions", None).open(group), made.source("48-buckets", None).open(group)
+def captions_of(source: Path) -> list[Path]:
+    return sorted(path for path in source.rglob("*.txt") if not path.name.endswith(".short.txt"))
+
+
+# ---- what is in a set ---------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_a_picture_has_is_in_the_set(pictures: Path, made: Path) -> None:
+    opened = PreparedSet.open(made)
+    about = opened.description
+    assert about.classes == tuple(sorted({path.parent.name for path in pictures.rglob("*.txt")}))
+    vae, text = KLEncoder(str(ENCODERS / "vae")), T5Encoder(str(ENCODERS / "text"), 40)
+    seen = []
+    for group, (partition, count) in enumerate(zip(opened.partitions, opened.counts, strict=True)):
+        texts, images = opened.source("captions", None).open(group), opened.source("48-buckets", None).open(group)
         for place in range(count):
-            said = text.read(place)
-            name = bytes(said["name"]).decode()
-            seen.add(name)
-            assert bytes(said["caption"]).decode() == (source / name).with_suffix(".txt").read_text().strip()
-            assert (
-                made.description.classes[int.from_bytes(said["class_label"], "little", signed=True)]
-                == name.split("/")[0]
-            )
-            shown = image.read(place)
-            height, width = np.frombuffer(shown["original_size"], "<i4").tolist()
-            assert (height, width) == size_of(source / name)
-            ratios = np.abs(np.array(made.description.ratios) - height / width)
-            assert ratios.argmin() == partition
-            size = made.description.latents["48-buckets"].sizes[partition]
-            (pixels,) = load_cut(source / name, [(size[0] * 4, size[1] * 4)])
-            wanted = vae.encode(pixels[None])[0]
+            said, shown = texts.read(place), images.read(place)
+            name, words = bytes(said["name"]).decode(), bytes(said["caption"]).decode()
+            seen.append(name)
+            assert words == (pictures / name).with_suffix(".txt").read_text().strip()
+            label = int.from_bytes(said["class_label"], "little", signed=True)
+            assert about.classes[label] == name.split("/")[0]
+            size = about.latents["48-buckets"].sizes[partition]
+            data = (pictures / name).read_bytes()
+            original, (pixels,), (cut,) = load_cut(data, [(size[0] * 4, size[1] * 4)])
+            assert tuple(np.frombuffer(shown["original_size"], "<i4").tolist()) == original
+            assert np.frombuffer(shown["crop"], "<i4").tolist() == [*cut.resized, cut.top, cut.left]
+            assert np.abs(np.array(about.ratios) - original[0] / original[1]).argmin() == partition
             stored = np.frombuffer(shown["latents"], "<f2").reshape(8, *size)
-            assert np.abs(stored.astype(np.float32) - wanted).max() < 0.01
-    assert len(seen) == 30
-    assert made.prompts[0][0] == "a red circle"
-    assert made.null_embeds.shape == (1, 64)
+            assert np.abs(stored.astype(np.float32) - vae.encode(pixels[None])[0]).max() < 0.01
+            features = np.frombuffer(said["caption_embeds"], "<f2").reshape(-1, 64)
+            (wanted,) = text.encode([clean_caption(words)])
+            assert np.abs(features.astype(np.float32) - wanted).max() < 0.01
+    assert len(set(seen)) == len(seen) == 30
+    assert [text for text, _ in opened.prompts] == ["a red circle"]
+    null, mask = text.null()
+    assert opened.null_embeds.tobytes() == null.tobytes()
+    assert opened.null_embeds.shape == (40, 64)
+    assert opened.null_length == mask.sum() == 1
+
+
+def test_the_table_has_a_line_for_each_row(made: Path) -> None:
+    opened, table = PreparedSet.open(made), pq.read_table(made / "rows.parquet").to_pylist()
+    assert [row["id"] for row in table] == list(range(30))
+    for row in table:
+        text = opened.source("captions", None).open(row["shard"]).read(row["row"])
+        assert (bytes(text["name"]).decode(), bytes(text["caption"]).decode()) == (row["name"], row["caption"])
+        assert len(text["caption_embeds"]) == 2 * 64 * row["num_tokens"]
+        assert (row["part"], row["partition"]) == (opened.parts[row["shard"]], opened.partitions[row["shard"]])
+        image = opened.source("40-buckets", None).open(row["shard"]).read(row["row"])
+        assert np.frombuffer(image["crop"], "<i4").tolist() == row["crop.40-buckets"]
+        assert np.frombuffer(image["original_size"], "<i4").tolist() == [row["height"], row["width"]]
+
+
+def test_int8_halves_the_captions_and_says_its_error(pictures: Path, made: Path, tmp_path: Path) -> None:
+    prepare(config_of(pictures, tmp_path / "set", "caption_codec=int8"))
+    whole, half = PreparedSet.open(made), PreparedSet.open(tmp_path / "set")
+    manifest = files.read_json(tmp_path / "set/manifest.json")
+    assert 0 < manifest["totals"]["caption_error"] < 0.02
+    assert files.read_json(made / "manifest.json")["totals"]["caption_error"] is None
+    assert half.index("48-buckets").hashes == whole.index("48-buckets").hashes
+    row = half.source("captions", None).open(0).read(0)
+    assert len(row["caption_embeds"]) % (64 + 2) == 0
+
+
+def test_numbers_of_a_list_can_be_filtered_on(pictures: Path, tmp_path: Path) -> None:
+    names = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*") if path.suffix in (".png", ".jpg"))
+    lines = [
+        {"path": name, "prompt": f"picture {number}", "aesthetic_score": number / 10}
+        for number, name in enumerate(names)
+    ]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = ("source.kind=list", f"source.root={pictures}", "filter.minimum={aesthetic_score: 1}")
+    report = prepare(config_of(tmp_path / "list.jsonl", tmp_path / "set", *more))
+    assert (report.samples, report.skipped) == (20, {"filtered": 10})
+    scores = PreparedSet.open(tmp_path / "set").rows("number.aesthetic_score")["number.aesthetic_score"]
+    assert sorted(scores.tolist()) == [number / 10 for number in range(10, 30)]
+
+
+def test_captions_that_many_share_are_encoded_once_and_alike(pictures: Path, tmp_path: Path) -> None:
+    """However parts are shared out: a batch's padding must not show in a feature."""
+    more = ("source.caption_suffix=.short.txt", "rows_per_group=4")
+    source = tmp_path / "pictures"
+    subprocess.run(["cp", "-r", str(pictures), str(source)], check=True)
+    for number, path in enumerate(sorted(source.rglob("*.short.txt"))):
+        path.write_text(f"a red circle {number}")
+    config = config_of(source, tmp_path / "one", *more)
+    prepare(config)
+    plan = Plan.open(work_folder(config) / "plan")
+    assert plan.repeated == {}
+    for path in sorted(source.rglob("*.short.txt"))[:20]:
+        path.write_text("a red circle")
+    for path in sorted(source.rglob("*.short.txt"))[20:22]:
+        path.write_text("a large blue square")
+    config = config_of(source, tmp_path / "two", *more)
+    prepare(config, only="scan")
+    plan = Plan.open(work_folder(config) / "plan")
+    assert plan.repeated == {"a red circle": (0, 0), "a large blue square": (0, 1)}
+    for number in range(3):
+        prepare(config, task=Task(number, 3), only="encode")
+    assert len(list((work_folder(config) / "features").iterdir())) == 1
+    prepare(config)
+    assert not (work_folder(config) / "features").exists()
+    opened = PreparedSet.open(tmp_path / "two")
+    seen = set()
+    for group, count in enumerate(opened.counts):
+        for row in range(count):
+            said = opened.source("captions", None).open(group).read(row)
+            if bytes(said["caption"]) == b"a red circle":
+                seen.add(bytes(said["caption_embeds"]))
+    assert len(seen) == 1
+
+
+# ---- what is left out ---------------------------------------------------------------------------------------------------
 
 
 def test_broken_pictures_are_listed_and_left_out_and_nothing_takes_their_place(source: Path, tmp_path: Path) -> None:
@@ -85,10 +193,11 @@ def test_broken_pictures_are_listed_and_left_out_and_nothing_takes_their_place(s
     png = min(source.rglob("*.png"))
     png.write_text("this is no picture")
     report = prepare(config_of(source, tmp_path / "set"))
-    listed = [json.loads(line) for line in (tmp_path / "set/skipped.jsonl").read_text().splitlines()]
-    assert {line["picture"] for line in listed} == {str(path.relative_to(source)) for path in (jpeg, png)}
-    assert all(line["reason"] for line in listed)
-    assert (report.samples, report.skipped, PreparedSet.open(tmp_path / "set").num_samples) == (28, 2, 28)
+    listed = files.read_json_lines(tmp_path / "set/skipped.jsonl")
+    assert {(line["picture"], line["kind"]) for line in listed} == {
+        (str(path.relative_to(source)), "broken") for path in (jpeg, png)
+    }
+    assert (report.samples, report.skipped, PreparedSet.open(tmp_path / "set").num_samples) == (28, {"broken": 2}, 28)
     assert "2 broken pictures were left out" in str(report)
 
 
@@ -96,103 +205,210 @@ def test_a_source_of_broken_pictures_only_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/a.png").write_text("no")
     (tmp_path / "pictures/a.txt").write_text("a caption")
-    with pytest.raises(DataError, match="no part of the set holds a row"):
+    with pytest.raises(DataError, match=r"nothing to prepare: all 1 pictures are left out: a.png \(it is no picture\)"):
         prepare(config_of(tmp_path / "pictures", tmp_path / "set"))
 
 
-def test_pictures_are_turned_as_they_are_shown(tmp_path: Path) -> None:
-    (scene,) = scenes(1, 4)
-    upright = draw(scene, np.random.default_rng(0), 40, 80)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "a.png", exif=exif)
-    assert size_of(tmp_path / "a.png") == (40, 80)
-    (made,) = load_cut(tmp_path / "a.png", [(40, 80)])
-    assert np.abs(made.astype(int) - upright).mean() < 1
+def test_a_picture_that_changed_after_it_was_listed_is_not_taken_for_another(source: Path, tmp_path: Path) -> None:
+    config = config_of(source, tmp_path / "set")
+    prepare(config, only="scan")
+    gone, other = sorted(source.rglob("*.png"))[:2]
+    gone.unlink()
+    other.write_bytes(other.read_bytes() + b"more")
+    report = prepare(config, only="encode")
+    assert report.parts_left == 0
+    assert prepare(config, only="finish").skipped == {"broken": 2}
+
+
+# ---- before anything is encoded -----------------------------------------------------------------------------------------
 
 
 def test_what_is_said_before_anything_is_encoded(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "set"
+    with pytest.raises(ConfigError, match=r"latents 32-square: \[\(36, 36\)\] are no multiples of 8 pixels"):
+        prepare(config_of(source, output, "latents.0.square=36"))
+    with pytest.raises(ConfigError, match="there is no VAE folder nowhere/vae/at/all"):
+        prepare(config_of(source, output, "vae=nowhere/vae/at/all"))
+    with pytest.raises(ConfigError, match=r"9000000 rows of .* do not fit one shard of 4 GiB"):
+        prepare(config_of(source, output, "rows_per_group=9000000"))
+    assert not output.exists()
     with pytest.raises(DataError, match="there is no folder of pictures"):
         prepare(config_of(tmp_path / "none", output))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="the folder holds no picture"):
-        prepare(config_of(tmp_path / "empty", output))
-    captions = sorted(path for path in source.rglob("*.txt") if not path.name.endswith(".short.txt"))
+    captions = captions_of(source)
     for path in captions[:4]:
         path.unlink()
     with pytest.raises(DataError, match=r"4 of 30 pictures have no caption: .*, …"):
         prepare(config_of(source, output))
-    for path in captions[:4]:
-        path.write_text("a red circle")
-    picture = (
-        captions[0].with_suffix(".png") if captions[0].with_suffix(".png").exists() else captions[0].with_suffix(".jpg")
-    )
-    double = picture.with_suffix(".webp")
-    double.write_bytes(picture.read_bytes())
-    with pytest.raises(DataError, match="two pictures share one caption"):
-        prepare(config_of(source, output))
-    double.unlink()
-    with pytest.raises(ConfigError, match=r"latents 32-square: \[\(36, 36\)\] are no multiples of 8 pixels"):
-        prepare(config_of(source, output, "latents.0.square=36"))
-    assert not output.exists()
+    report = prepare(config_of(source, output, "captions.missing=skip"))  # a recipe may change until there are parts
+    assert (report.samples, report.skipped) == (26, {"caption": 4})
 
 
-def test_a_plan_counts_without_encoding(source: Path, tmp_path: Path) -> None:
-    plan = plan_of(config_of(source, tmp_path / "set"))
-    about = plan.summary()
-    assert (about["pictures"], about["broken"], sum(about["pictures_by_ratio"].values())) == (30, 0, 30)
+def test_a_plan_counts_without_encoding(pictures: Path, tmp_path: Path) -> None:
+    about = dry_run(config_of(pictures, tmp_path / "set"))
+    assert (about["pictures"], sum(about["skipped"].values()), sum(about["pictures_by_ratio"].values())) == (30, 0, 30)
     assert about["parts"] == sum(-(-count // 8) for count in about["pictures_by_ratio"].values() if count)
-    assert "30 pictures of" in str(plan)
+    assert words_of(about).startswith("30 pictures of 11 classes in ")
     assert not (tmp_path / "set").exists()
+
+
+# ---- going on -----------------------------------------------------------------------------------------------------------
 
 
 def test_once_more_changes_nothing_and_other_settings_are_refused(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "set"
     first = prepare(config_of(source, output))
     stamp = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
-    again = prepare(config_of(source, output))
-    assert (again.parts_written, again.parts_kept) == (0, first.parts_written)
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == stamp
-    for more, changed in (("seed=5", "parts"), ("latents.0.square=40", "set"), ("prompts=[a blue circle]", "prompts")):
-        with pytest.raises(DataError, match=rf"prepared from other pictures or settings \(changed: {changed}\)"):
+    again = prepare(config_of(source, output, "batch_size=7", "captions.batch_size=3"))  # how fast, not what
+    assert (again.parts_written, again.parts_kept, again.samples) == (0, first.parts_written, 30)
+    locks = output / ".work/locks"
+
+    def now() -> dict[Path, int]:
+        paths = (path for path in output.rglob("*") if path.is_file() and path.parent != locks)
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    stamp = {path: time for path, time in stamp.items() if path.parent != locks}
+    assert now() == stamp
+    for more, words in (
+        ("seed=5", "seed was 0 and is 5"),
+        ("latents.0.square=40", r"latents was .* and is "),
+        ("prompts=[a blue circle]", r'prompts was \["a red circle"\] and is \["a blue circle"\]'),
+        ("captions.clean=false", "captions.clean was true and is false"),
+    ):
+        with pytest.raises(DataError, match=f"begun with another recipe: {words}"):
             prepare(config_of(source, output, more))
-    next(path for path in source.rglob("*.txt") if not path.name.endswith(".short.txt")).write_text("another caption")
-    with pytest.raises(DataError, match="changed: pictures"):
+    captions_of(source)[0].write_text("another caption")
+    with pytest.raises(DataError, match="the source is not what was scanned"):
         prepare(config_of(source, output))
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == stamp
+    assert now() == stamp
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("…")
-    with pytest.raises(DataError, match="is not empty and holds no prepared set"):
+    with pytest.raises(DataError, match="is not empty and holds no set of this recipe"):
         prepare(config_of(source, tmp_path / "mine"))
 
 
-def test_a_killed_run_keeps_its_parts_and_two_processes_make_the_same_set(source: Path, tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    prepare(config_of(source, whole))
-    killed = tmp_path / "killed"
-    sets = [word for each in overrides(source, killed, "prompts=[a red circle]") for word in ("--set", each)]
-    command = [sys.executable, "-m", "pixart_ds", "prepare", "smoke/prepare", *sets]
-    process = subprocess.Popen(
-        command, cwd=ENCODERS.parents[2], env={**os.environ, "PYTHONPATH": str(ENCODERS.parents[2])}
+def test_other_encoders_do_not_go_on_with_a_set(pictures: Path, tmp_path: Path) -> None:
+    encoder = tmp_path / "text"
+    subprocess.run(["cp", "-r", str(ENCODERS / "text"), str(encoder)], check=True)
+    config = config_of(pictures, tmp_path / "set", f"text_encoder={encoder}")
+    prepare(config, only="scan")
+    prepare(config, task=Task(0, 2))
+    about = files.read_json(encoder / "tokenizer_config.json")
+    (encoder / "tokenizer_config.json").write_text(json.dumps({**about, "model_max_length": 99}))
+    with pytest.raises(DataError, match="made with other encoders: text_fingerprint was"):
+        prepare(config, task=Task(1, 2))
+
+
+def test_tasks_share_the_work_and_the_last_one_finishes(pictures: Path, made: Path, tmp_path: Path) -> None:
+    config = config_of(pictures, tmp_path / "set")
+    with pytest.raises(DataError, match="there is no plan yet") as caught:
+        prepare(config, task=Task(0, 3))
+    assert "--only scan" in str(caught.value)
+    assert prepare(config, only="scan").parts_written == 0
+    reports = [prepare(config, task=Task(number, 3)) for number in (2, 0)]
+    assert [report.finished for report in reports] == [False, False]
+    assert "parts are left to do" in str(reports[1])
+    with pytest.raises(DataError, match=rf"{reports[1].parts_left} of {reports[1].parts} parts are not written yet"):
+        prepare(config, only="finish")
+    last = prepare(config, task=Task(1, 3))
+    assert last.finished
+    assert sum(report.parts_written for report in (*reports, last)) == last.parts
+    assert content(tmp_path / "set") == content(made)
+
+
+def test_two_processes_make_the_same_set(pictures: Path, made: Path, tmp_path: Path) -> None:
+    prepare(config_of(pictures, tmp_path / "set"), processes=2)
+    assert content(tmp_path / "set") == content(made)
+
+
+def test_a_share_that_another_process_has_in_hand_is_refused(pictures: Path, tmp_path: Path) -> None:
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    with (
+        files.held(work_folder(config) / "locks/encode-task-0-of-2", "it"),
+        pytest.raises(
+            MachineError, match=rf"has the parts of share 0/2 of this set in hand: process {os.getpid()} on "
+        ),
+    ):
+        prepare(config, task=Task(0, 2))
+    prepare(config, task=Task(0, 2))
+
+
+def test_a_part_that_another_worker_was_faster_with_counts_once(pictures: Path, made: Path, tmp_path: Path) -> None:
+    """Two tasks that do not know of each other, as where locks do not reach: what one wrote stays, and nothing is lost."""
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    sets = [word for each in overrides(pictures, tmp_path / "set") for word in ("--set", each)]
+    command = [sys.executable, "-m", "pixart_ds", "prepare", "smoke/prepare", "--only", "encode", *sets]
+    both = [
+        subprocess.Popen([*command, "--task", f"{number}/{count}"], cwd=ENCODERS.parents[2])
+        for number, count in ((0, 1), (0, 2))
+    ]
+    assert [process.wait() for process in both] == [0, 0]
+    prepare(config)
+    assert content(tmp_path / "set") == content(made)
+
+
+def test_a_full_disk_is_said_and_what_was_written_is_kept(pictures: Path, made: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=1200k") as disk:
+        config = config_of(pictures, disk / "set", f"work={tmp_path / 'work'}")
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(1000 << 10))
+        command = [
+            word for each in overrides(pictures, disk / "set", f"work={tmp_path / 'work'}") for word in ("--set", each)
+        ]
+        answer = subprocess.run(
+            [sys.executable, "-m", "pixart_ds", "prepare", "smoke/prepare", *command],
+            cwd=ENCODERS.parents[2], capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert answer.returncode == 3, answer.stderr
+        assert "No space left on device" in answer.stderr
+        assert "Traceback" not in answer.stderr
+        kept = len(list((disk / "set/parts").glob("part-*.json")))
+        ballast.unlink()
+        report = prepare(config)
+        assert report.parts_kept == kept
+        assert content(disk / "set") == content(made)
+
+
+def test_a_model_writes_the_captions(pictures: Path, tmp_path: Path) -> None:
+    """By the command: captions once for each picture, kept when the set is made; a killed caption phase goes on."""
+    tool = ENCODERS.parents[2] / "tools/make_tiny_llava.py"
+    subprocess.run([sys.executable, str(tool), "--out", str(tmp_path / "llava")], check=True)
+    more = (
+        "captions.captioner=llava", f"captions.model={tmp_path / 'llava'}", "captions.precision=fp32",
+        "captions.max_new_tokens=6", "captions.with_original=true",
+    )  # fmt: skip
+    config = config_of(pictures, tmp_path / "set", *more)
+    prepare(config, only="scan")
+    with pytest.raises(DataError, match="parts have no captions yet, the first is part 0") as caught:
+        prepare(config, only="encode")
+    assert "--only caption" in str(caught.value)
+    prepare(config, only="caption", task=Task(0, 2))
+    written = {path: path.read_bytes() for path in (tmp_path / "set/.work/captions").glob("part-*.json")}
+    assert written
+    report = prepare(config)
+    assert all(path.read_bytes() == content for path, content in written.items())
+    opened = PreparedSet.open(tmp_path / "set")
+    captions = pq.read_table(tmp_path / "set/rows.parquet")["caption"].to_pylist()
+    assert report.samples + report.skipped.get("caption", 0) == 30
+    assert all(captions)
+    assert "llava" in opened.description.captioner
+    assert not set(captions) & {path.read_text().strip() for path in captions_of(pictures)}
+
+
+def test_own_captioners_are_called(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n"
+        "    identity = 'mine 1'\n"
+        "    def __init__(self, config, device): pass\n"
+        "    def caption(self, pictures, originals, seed):\n"
+        "        return [f'{each.shape[0]} by {each.shape[1]}' if old.count('circle') else '' \n"
+        "                for each, old in zip(pictures, originals)]\n"
     )
-    while not list(killed.glob("parts/part-*.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "manifest.json").exists()
-    report = prepare(config_of(source, killed), processes=2)
-    assert report.parts_kept >= 1
-    one, two = PreparedSet.open(whole), PreparedSet.open(killed)
-    assert one.partitions.tolist() == two.partitions.tolist()
-    assert one.counts.tolist() == two.counts.tolist()
-    for name in ("captions", "32-square", "40-buckets", "48-buckets"):
-        assert one.index(name).hashes == two.index(name).hashes
-
-
-def test_captions_follow_the_suffix(source: Path, tmp_path: Path) -> None:
-    prepare(config_of(source, tmp_path / "set", "caption_suffix=.short.txt"))
-    said = PreparedSet.open(tmp_path / "set").source("captions", None).open(0).read(0)
-    assert bytes(said["caption"]).decode().startswith("picture ")
-    assert caption(scenes(1, 2)[0]).startswith("a ")
+    monkeypatch.syspath_prepend(tmp_path)
+    report = prepare(config_of(pictures, tmp_path / "set", "captions.captioner=mine:Mine"))
+    rows = pq.read_table(tmp_path / "set/rows.parquet").to_pylist()
+    assert {row["caption"] for row in rows} == {f"{row['height']} by {row['width']}" for row in rows}
+    assert report.samples + report.skipped["caption"] == 30
+    assert report.samples == sum("circle" in path.read_text() for path in captions_of(pictures))
+    assert PreparedSet.open(tmp_path / "set").description.captioner == "mine 1"

@@ -16,9 +16,10 @@ from pixart_ds import files
 from pixart_ds.errors import DataError
 from pixart_ds.layout import RunLayout
 from pixart_ds.ledger.paper import paper_account
-from pixart_ds.report.charts import Axis, Span, digits, gantt_chart, merged, time_ticks
-from pixart_ds.report.charts import Lane as ChartLane
+from pixart_ds.page.charts import Axis, digits
 from pixart_ds.report.curves import Curve, Point, curves_of, smoothed, stretches
+from pixart_ds.report.gantt import Lane as ChartLane
+from pixart_ds.report.gantt import Span, gantt_chart, merged, time_ticks
 from pixart_ds.report.html import html_page
 from pixart_ds.report.pictures import caption, embed, pictures_of
 from pixart_ds.report.words import PARTS_TOLD

@@ -86,7 +86,7 @@ def test_the_set_is_the_same_there(s3: S3Server, bucket: str, folder: Path, tmp_
 
 def test_a_changed_file_is_sent_again_even_if_its_size_is_the_same(s3: S3Server, bucket: str, folder: Path) -> None:
     upload_folder(folder, f"s3://{bucket}/set")
-    shard = next(folder.rglob("shard.*.mds"))
+    shard = next(folder.rglob("part-*.mds"))
     name = shard.relative_to(folder).as_posix()
     content = shard.read_bytes()
     s3.put(bucket, f"set/{name}", bytes(len(content)))  # by somebody else

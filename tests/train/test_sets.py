@@ -1,10 +1,14 @@
-"""What a node reads, as the log says it."""
+"""Sets that do not fit each other, and what a node reads, as the log says it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pixart_ds.train.sets import order_of, reading_of
+import pytest
+
+from pixart_ds.config.schema import SetConfig
+from pixart_ds.errors import ConfigError
+from pixart_ds.train.sets import open_sets, order_of, reading_of
 from tests.helpers.sets import tiny_set
 from tests.train.test_start import stage_of
 
@@ -24,3 +28,13 @@ def test_the_log_says_what_a_node_reads_and_what_its_cache_must_hold(tmp_path: P
     )
     small = reading_of(stage.model_copy(update={"execution": execution}), [prepared], order, 0, 4, 8)
     assert "execution.cache.limit_gb 1e-06 is too small for that" in small
+
+
+def test_sets_of_one_stage_store_captions_alike(tmp_path: Path) -> None:
+    for codec in ("fp16", "int8"):
+        tiny_set(tmp_path / codec, caption_codec=codec, caption_channels=64)
+    stage = stage_of(tmp_path / "fp16", {"source": "scratch"}, caption_channels=64)
+    both = (SetConfig(path=str(tmp_path / "fp16")), SetConfig(path=str(tmp_path / "int8")))
+    stage = stage.model_copy(update={"data": stage.data.model_copy(update={"sets": both})})
+    with pytest.raises(ConfigError, match="int8: caption_codec int8 differs from that of .*fp16, fp16"):
+        open_sets(stage)

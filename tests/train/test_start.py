@@ -12,7 +12,7 @@ import torch
 from pixart_ds.config.schema import ModelConfig, StageConfig
 from pixart_ds.engine.foreign import NULL_CAPTION
 from pixart_ds.engine.handover import save_handover
-from pixart_ds.errors import CheckpointError
+from pixart_ds.errors import CheckpointError, ConfigError
 from pixart_ds.layout import RunLayout
 from pixart_ds.model import PixArt, build, reparameterise
 from pixart_ds.train.preflight import check_origin
@@ -48,15 +48,30 @@ def imported(folder: Path, model: dict[str, Any], **lineage: Any) -> dict[str, t
     return state
 
 
-def null_of(prepared: Any) -> torch.Tensor:
+def null_of(prepared: Any, tokens: int = 9) -> torch.Tensor:
     embeds = torch.from_numpy(np.asarray(prepared.null_embeds)).float()
-    return torch.nn.functional.pad(embeds, (0, 0, 0, 9 - len(embeds)))
+    assert len(embeds) == 9  # those of the padding too
+    return torch.nn.functional.pad(embeds, (0, 0, 0, tokens - len(embeds)))
 
 
 def test_scratch_takes_the_sets_empty_caption(tmp_path: Path) -> None:
     _, start, prepared = started(tmp_path, {"source": "scratch"})
     assert torch.equal(start.state[NULL_CAPTION], null_of(prepared))
     assert start.lineage == {"source": "scratch", "seed": 43}
+
+
+def test_a_net_for_longer_captions_has_zeros_behind_it_and_one_for_shorter_ones_is_refused(tmp_path: Path) -> None:
+    _, start, prepared = started(tmp_path / "long", {"source": "scratch"}, max_tokens=12)
+    assert torch.equal(start.state[NULL_CAPTION], null_of(prepared, 12))
+    with pytest.raises(ConfigError, match=r"features of shape \(9, 6\); the net takes up to \(5, 6\)"):
+        started(tmp_path / "short", {"source": "scratch"}, max_tokens=5)
+
+
+def test_the_longest_of_the_sets_empty_captions_is_taken(tmp_path: Path) -> None:
+    sets = [tiny_set(tmp_path / str(tokens), ((1, 4),), tokens=4, max_tokens=tokens) for tokens in (4, 9)]
+    stage = stage_of(tmp_path / "4", {"source": "scratch"})
+    start = initial_weights(RunLayout(tmp_path / "run"), stage, net_of(stage), sets)
+    assert torch.equal(start.state[NULL_CAPTION], null_of(sets[1]))
 
 
 @pytest.mark.parametrize("with_null", [True, False])

@@ -9,14 +9,13 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 
 from pixart_ds.log import si
-from pixart_ds.report import words as written
-from pixart_ds.report.words import percent
+from pixart_ds.page import words as written
+from pixart_ds.page.words import percent
 
-_TEXT = 19
+TEXT = 19
 """Height of the words above a bar, in pixels."""
 _DECADES = 2.0
 """Values that span more are drawn on a logarithmic axis."""
@@ -135,17 +134,17 @@ def stack_chart(stacks: Sequence[Stack], label: str) -> str:
     axis = Axis(0.0, 100.0) if longest > 0.5 else Axis.of([0.0, 100 * longest])
     drawn, y = [], 0
     for stack in stacks:
-        drawn += _words(y + 13, stack.name, stack.words)
-        drawn.append(f'<rect class="track" x="0" y="{y + _TEXT}" width="100%" height="18"/>')
+        drawn += words_above(y + 13, stack.name, stack.words)
+        drawn.append(f'<rect class="track" x="0" y="{y + TEXT}" width="100%" height="18"/>')
         left = 0.0
         for part in stack.parts:
             x, end = axis.at(100 * left), axis.at(100 * (left + part.share))
             left += part.share
             if end > x:
                 seam = " seam" if end - x > 0.5 else ""
-                drawn.append(_rect(f"{part.colour}{seam}", x, end - x, y + _TEXT, 18, part.title))
-        y += _TEXT + 18 + 9
-    return _svg("stack", y + 18, label, [*_grid(axis, y - 4, "%"), *drawn])
+                drawn.append(rect(f"{part.colour}{seam}", x, end - x, y + TEXT, 18, part.title))
+        y += TEXT + 18 + 9
+    return svg("stack", y + 18, label, [*_grid(axis, y - 4, "%"), *drawn])
 
 
 @dataclass(frozen=True)
@@ -178,18 +177,18 @@ def bar_chart(groups: Sequence[Group], label: str, *, log: bool | None = None, r
     axis = Axis.of((bar.value for group in groups for bar in group.bars), log=log)
     drawn, y = [], 0
     for group in groups:
-        drawn += _words(y + 13, group.name, group.words, room)
-        y += _TEXT
+        drawn += words_above(y + 13, group.name, group.words, room)
+        y += TEXT
         for bar in group.bars:
             if axis.log:
                 drawn += _dot(bar, axis, y + 5)
             else:
                 drawn.append(f'<rect class="track" x="0" y="{y}" width="100%" height="10"/>')
                 if bar.value:
-                    drawn.append(_rect(bar.colour, 0, max(0.3, axis.at(bar.value)), y, 10, bar.title))
+                    drawn.append(rect(bar.colour, 0, max(0.3, axis.at(bar.value)), y, 10, bar.title))
             y += 12
         y += 8
-    return _svg("bars", y + 18, label, [*_grid(axis, y - 4, ""), *drawn])
+    return svg("bars", y + 18, label, [*_grid(axis, y - 4, ""), *drawn])
 
 
 def _dot(bar: Bar, axis: Axis, y: int) -> list[str]:
@@ -198,7 +197,71 @@ def _dot(bar: Bar, axis: Axis, y: int) -> list[str]:
     x = axis.at(bar.value)
     return [
         f'<line class="stem {bar.colour}" x1="0" x2="{x:.2f}%" y1="{y}" y2="{y}"/>',
-        f'<circle class="dot {bar.colour}" cx="{x:.2f}%" cy="{y}" r="5">{_title(bar.title)}</circle>',
+        f'<circle class="dot {bar.colour}" cx="{x:.2f}%" cy="{y}" r="5">{title_of(bar.title)}</circle>',
+    ]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A bar that stands, and its name below it."""
+
+    name: str
+    value: float
+    title: str
+    colour: str = "blue"
+
+
+def column_chart(columns: Sequence[Column], label: str, *, height: int = 150, room: int = 1000) -> str:
+    """Bars that stand on zero, with as many of their names as there is room for.
+
+    Args:
+        columns: From left to right.
+        label: For readers of the screen.
+        height: Of the highest bar's room, in pixels.
+        room: Pixels that the chart has on a desk; on a phone it has 300.
+    """
+    axis = Axis.of((each.value for each in columns), log=False)
+    slot = 100 / max(1, len(columns))
+    named = len(columns) * (7 * max((len(each.name) for each in columns), default=1) + 4)
+    lines = 2 if named > room else 1  # by turns, so that twice as many have room
+    every = max(1, math.ceil(named / room / lines))
+    rarely = every * max(1, math.ceil(named / 300 / every))
+    drawn, top = [], 6
+    for value in axis.ticks():
+        y = top + round(height * (1 - axis.at(value) / 100))
+        drawn.append(f'<line class="grid" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
+        drawn.append(f'<text class="tick" x="-6" y="{y + 4}" text-anchor="end">{tick(value)}</text>')
+    for number, each in enumerate(columns):
+        if each.value > 0:
+            tall = max(1, round(height * axis.at(each.value) / 100))
+            drawn.append(rect(each.colour, slot * (number + 0.1), 0.8 * slot, top + height - tall, tall, each.title))
+        if number % every == 0:
+            often = number % rarely == 0
+            kind, words = "tick" if often else "tick desk", html.escape(each.name)
+            x, y = slot * (number + 0.5), top + height + 15 + 13 * (number // every % lines)
+            drawn.append(f'<text class="{kind}" x="{x:.2f}%" y="{y}" text-anchor="middle">{words}</text>')
+    return svg("standing", top + height + 7 + 13 * lines, label, drawn)
+
+
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def block_chart(values: Sequence[float], *, height: int = 3, width: int = 80) -> list[str]:
+    """Bars that stand on zero, as lines of block characters for a terminal; what is not zero shows.
+
+    Args:
+        values: From left to right, none below zero.
+        height: Lines.
+        width: Characters of a line at most, unless there are more values than that.
+    """
+    if not values or max(values) <= 0:
+        return []
+    each = max(1, min(4, width // len(values)))
+    tall = [math.ceil(8 * height * value / max(values)) for value in values]
+    gap = " " if each > 2 else ""
+    return [
+        "".join(_EIGHTHS[max(0, min(8, eighths - 8 * line))] * (each - len(gap)) + gap for eighths in tall).rstrip()
+        for line in reversed(range(height))
     ]
 
 
@@ -215,156 +278,13 @@ def limit_chart(used: float, forecast: float | None, *, marks: Sequence[float], 
     colour = "good" if used < min(marks, default=1.0) else "warning" if used <= 1 else "bad"
     drawn = ['<rect class="track" x="0" y="2" width="100%" height="16"/>']
     if forecast is not None:
-        drawn.append(_rect("forecast", 0, axis.at(forecast), 2, 16, f"forecast: {percent(forecast)}"))
-    drawn.append(_rect(colour, 0, axis.at(used), 2, 16, f"used: {percent(used)}"))
+        drawn.append(rect("forecast", 0, axis.at(forecast), 2, 16, f"forecast: {percent(forecast)}"))
+    drawn.append(rect(colour, 0, axis.at(used), 2, 16, f"used: {percent(used)}"))
     for mark in marks:
         x = axis.at(mark)
         drawn.append(f'<line class="mark" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="22"/>')
         drawn.append(f'<text class="tick" x="{x:.2f}%" y="35" text-anchor="end">{100 * mark:.0f}%</text>')
-    return _svg("limit", 40, label, drawn)
-
-
-@dataclass(frozen=True)
-class Span:
-    """An attempt on the time axis, in seconds since 1970."""
-
-    start: float
-    end: float
-    outcome: str
-    title: str
-    waited: float = 0.0
-    """Seconds in the queue before the start."""
-    shares: Sequence[tuple[str, float]] = ()
-    """Of several attempts: outcomes, each with its part of their time."""
-
-
-@dataclass(frozen=True)
-class Lane:
-    """A row of attempts."""
-
-    name: str
-    words: str
-    spans: Sequence[Span] = field(default_factory=tuple)
-
-
-_PIXEL = 0.1
-"""Per cent of the width: about a pixel of a wide screen."""
-
-
-def gantt_chart(lanes: Sequence[Lane], label: str) -> str:
-    """Attempts in real time; those narrower than a pixel are drawn together with their neighbours.
-
-    A marker below the bars stands at each end that was failed or lost, so that none hides in a merged bar.
-    """
-    spans = [span for lane in lanes for span in lane.spans]
-    start = min((span.start - span.waited for span in spans), default=0.0)
-    axis = Axis(start, max(max((span.end for span in spans), default=1.0), start + 1.0))
-    drawn, y = [], 0
-    for lane in lanes:
-        drawn += _words(y + 13, lane.name, lane.words)
-        drawn.append(f'<rect class="track" x="0" y="{y + _TEXT}" width="100%" height="18"/>')
-        drawn += _waits(lane.spans, axis, y + _TEXT + 4)
-        for span in merged(lane.spans, (axis.high - axis.low) * _PIXEL / 100):
-            drawn += _bars(span, axis, y + _TEXT)
-        drawn += _ends(lane.spans, axis, y + _TEXT + 20)
-        y += _TEXT + 18 + 13
-    return _svg("gantt", y + 32, label, [*_time_grid(axis, y - 6), *drawn] if spans else drawn)
-
-
-def merged(spans: Sequence[Span], pixel: float) -> list[Span]:
-    """The spans in their sequence; those that share a pixel become one, with the shares of their outcomes."""
-    bins: list[list[Span]] = []
-    for span in sorted(spans, key=lambda each: each.start):
-        if bins and span.end - bins[-1][0].start < 1.5 * pixel:
-            bins[-1].append(span)
-        else:
-            bins.append([span])
-    return [each[0] if len(each) == 1 else _together(each) for each in bins]
-
-
-def _together(spans: Sequence[Span]) -> Span:
-    times: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for span in sorted(spans, key=lambda each: each.outcome):
-        times[span.outcome] = times.get(span.outcome, 0.0) + span.end - span.start
-        counts[span.outcome] = counts.get(span.outcome, 0) + 1
-    title = f"{len(spans)} attempts: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    whole = sum(times.values())
-    shares = [(outcome, time / whole if whole else counts[outcome] / len(spans)) for outcome, time in times.items()]
-    most = max(shares, key=lambda each: each[1])[0]
-    return Span(spans[0].start, max(span.end for span in spans), most, title, shares=shares)
-
-
-def _bars(span: Span, axis: Axis, y: int) -> list[str]:
-    """One bar, or for several attempts one that is divided from top to bottom."""
-    x, end = axis.at(span.start), axis.at(span.end)
-    width = max(end - x, 1.5 * _PIXEL)
-    if not span.shares:
-        return [_rect(f"{span.outcome}{' seam' if end - x > 0.5 else ''}", x, width, y, 18, span.title)]
-    drawn, top = [], 0.0
-    for outcome, share in span.shares:
-        height = round(18 * (top + share)) - round(18 * top)
-        if height:
-            drawn.append(_rect(outcome, x, width, y + round(18 * top), height, ""))
-        top += share
-    return ["<g>", _title(span.title), *drawn, "</g>"]
-
-
-def _waits(spans: Sequence[Span], axis: Axis, y: int) -> list[str]:
-    drawn = []
-    for span in spans:
-        x, end = axis.at(span.start - span.waited), axis.at(span.start)
-        if end - x > _PIXEL:
-            drawn.append(_rect("wait", x, end - x, y, 10, f"waited in the queue for {span.waited / 3600:,.1f} h"))
-    return drawn
-
-
-def _ends(spans: Sequence[Span], axis: Axis, y: int) -> list[str]:
-    drawn, before = [], -1.0
-    for span in spans:
-        x = axis.at(span.end)
-        if span.outcome in ("failed", "lost") and x - before > 2 * _PIXEL:
-            drawn.append(f'<circle class="{span.outcome}" cx="{x:.2f}%" cy="{y + 2}" r="2"/>')
-            before = x
-    return drawn
-
-
-_STEPS = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800, 1209600)
-_DAY = 86400
-
-
-def time_ticks(start: float, end: float, count: int = 6) -> list[tuple[float, str, str]]:
-    """Round moments between two, in UTC: seconds since 1970, words, and below them the day or the year where it is a new one."""
-    step = next((each for each in _STEPS if (end - start) / each <= count), 0)
-    if step:
-        phase = 4 * _DAY if step % (7 * _DAY) == 0 else 0  # weeks begin on Mondays; 1970 began on a Thursday
-        first = math.ceil((start - phase) / step)
-        moments = [float(phase + step * each) for each in range(first, math.floor((end - phase) / step) + 1)]
-    else:
-        moments = _months(start, end, count)
-    found: list[tuple[float, str, str]] = []
-    before = ""
-    for moment in moments:
-        at = datetime.fromtimestamp(moment, UTC)
-        day = f"{at.day} {at:%b}"
-        if step == 0:
-            words, below = f"{at:%b}", f"{at:%Y}"
-        elif step >= _DAY:
-            words, below = day, f"{at:%Y}"
-        else:
-            words, below = f"{at:%H:%M}" if step >= 60 else f"{at:%H:%M:%S}", day
-        found.append((moment, words, "" if below == before else below))
-        before = below
-    return found
-
-
-def _months(start: float, end: float, count: int) -> list[float]:
-    first, last = datetime.fromtimestamp(start, UTC), datetime.fromtimestamp(end, UTC)
-    months = range(first.year * 12 + first.month, last.year * 12 + last.month)
-    every = next(
-        (each for each in (1, 2, 3, 6, 12) if len(months) <= count * each), 12 * math.ceil(len(months) / 12 / count)
-    )
-    return [datetime(each // 12, each % 12 + 1, 1, tzinfo=UTC).timestamp() for each in months if each % every == 0]
+    return svg("limit", 40, label, drawn)
 
 
 @dataclass(frozen=True)
@@ -407,31 +327,31 @@ def plot(lines: Sequence[Line], x_axis: Axis, y_axis: Axis, label: str, *, unit:
     return f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{words}">{"".join(drawn)}</svg>'
 
 
-def _svg(kind: str, height: int, label: str, drawn: Iterable[str]) -> str:
+def svg(kind: str, height: int, label: str, drawn: Iterable[str]) -> str:
     words = html.escape(label)
     return f'<svg class="{kind}" width="100%" height="{height}" role="img" aria-label="{words}">{"".join(drawn)}</svg>'
 
 
-def _title(words: str) -> str:
+def title_of(words: str) -> str:
     return f"<title>{html.escape(words)}</title>" if words else ""
 
 
-def _rect(colour: str, x: float, width: float, y: int, height: int, title: str) -> str:
+def rect(colour: str, x: float, width: float, y: int, height: int, title: str) -> str:
     place = f'x="{x:.2f}%" y="{y}" width="{width:.2f}%" height="{height}"'
-    return f'<rect class="{colour}" {place}>{_title(title)}</rect>' if title else f'<rect class="{colour}" {place}/>'
+    return f'<rect class="{colour}" {place}>{title_of(title)}</rect>' if title else f'<rect class="{colour}" {place}/>'
 
 
-def _words(y: int, name: str, words: str, room: int = 345) -> list[str]:
+def words_above(y: int, name: str, words: str, room: int = 345) -> list[str]:
     """The name on the left, as much of it as there is room for on a phone, and the words on the right."""
     shown = shortened(name, max(8, int((room - 6.7 * len(words)) / 7.8)))
-    title = _title(name) if shown != name else ""
+    title = title_of(name) if shown != name else ""
     return [
         f'<text class="name" x="0" y="{y}">{html.escape(shown)}{title}</text>',
         f'<text class="words" x="100%" y="{y}" text-anchor="end">{html.escape(words)}</text>',
     ]
 
 
-def _anchor(x: float) -> str:
+def anchor(x: float) -> str:
     return "start" if x < 2 else "end" if x > 98 else "middle"
 
 
@@ -441,16 +361,5 @@ def _grid(axis: Axis, height: int, unit: str) -> list[str]:
         x = axis.at(value)
         drawn.append(f'<line class="grid" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{height}"/>')
         words = f"{tick(value)}{unit}"
-        drawn.append(f'<text class="tick" x="{x:.2f}%" y="{height + 15}" text-anchor="{_anchor(x)}">{words}</text>')
-    return drawn
-
-
-def _time_grid(axis: Axis, height: int) -> list[str]:
-    drawn = []
-    for moment, words, below in time_ticks(axis.low, axis.high):
-        x = axis.at(moment)
-        drawn.append(f'<line class="grid" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{height}"/>')
-        for line, y in ((words, height + 15), (below, height + 29)):
-            if line:
-                drawn.append(f'<text class="tick" x="{x:.2f}%" y="{y}" text-anchor="{_anchor(x)}">{line}</text>')
+        drawn.append(f'<text class="tick" x="{x:.2f}%" y="{height + 15}" text-anchor="{anchor(x)}">{words}</text>')
     return drawn

@@ -1,0 +1,68 @@
+"""Captions that a model writes: a file for each part, so that no picture is described twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pixart_ds import files
+from pixart_ds.encoders.captions import Captioner
+from pixart_ds.prepare.encode import PictureReader
+from pixart_ds.prepare.items import Rejected
+
+
+class CaptionFiles:
+    """What a model has written, by part.
+
+    Args:
+        folder: Of the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, part: int) -> Path:
+        return self.folder / f"part-{part:05d}.json"
+
+    def done(self, part: int) -> bool:
+        return self._path(part).exists()
+
+    def read(self, part: int) -> tuple[dict[str, str], list[Rejected]]:
+        """The captions of a part by picture, and the pictures that have none."""
+        about = files.read_json(self._path(part), remedy="run `pixart-ds prepare RECIPE --only caption` first")
+        return about["captions"], [Rejected(**each) for each in about["rejected"]]
+
+    def write(self, part: int, captions: dict[str, str], rejected: list[Rejected]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        left_out = [{"name": each.name, "kind": each.kind, "reason": each.reason} for each in rejected]
+        files.write_json(self._path(part), {"captions": captions, "rejected": left_out})
+
+
+def caption_parts(
+    captioner: Captioner,
+    reader: PictureReader,
+    parts: Iterable[int],
+    files_of: CaptionFiles,
+    batch_size: int,
+    seed: int,
+) -> Iterator[tuple[int, int]]:
+    """Describes the pictures of parts; yields each part's number and how many pictures it had.
+
+    Args:
+        reader: Gives each picture in one size.
+        batch_size: Pictures described at once.
+        seed: A part's answers follow from this, its number and its pictures.
+    """
+    for number, pictures, rejected in reader.parts(parts):
+        captions: dict[str, str] = {}
+        for start in range(0, len(pictures), batch_size):
+            batch = pictures[start : start + batch_size]
+            images, originals = [each.images[0] for each in batch], [each.item.caption for each in batch]
+            answers = captioner.caption(images, originals, seed * 1_000_003 + number * 4_099 + start)
+            for picture, answer in zip(batch, answers, strict=True):
+                if answer:
+                    captions[picture.item.name] = answer
+                else:
+                    rejected.append(Rejected(picture.item.name, "caption", "the model wrote nothing"))
+        files_of.write(number, captions, rejected)
+        yield number, len(pictures) + len(rejected)
