@@ -85,7 +85,7 @@ class Loader:
         device: str | torch.device = "cpu",
         captions: bool = True,
         cache: CacheOptions | None = None,
-        readers: int = 1,
+        readers: int = 2,
         fetchers: int = 4,
         ahead: int = 4,
     ) -> None:

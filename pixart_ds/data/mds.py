@@ -11,6 +11,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from pixart_ds import files
+from pixart_ds.data.format import ALIGNMENT, PADDING
 from pixart_ds.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
@@ -108,7 +110,9 @@ class OpenShard:
 
     def __init__(self, descriptor: int, index: ShardIndex, number: int, name: object) -> None:
         self._descriptor, self._index, self.name = descriptor, index, name
-        self._heads = struct.Struct(f"<{sum(size is None for size in index.column_sizes)}I")
+        self._places = [place for place, size in enumerate(index.column_sizes) if size is None]
+        self._varying = [index.columns[place] for place in self._places]
+        self._heads = struct.Struct(f"<{len(self._varying)}I")
         self._least = self._heads.size + sum(size or 0 for size in index.column_sizes)
         (count,) = struct.unpack("<I", os.pread(descriptor, 4, 0))
         self._offsets = np.frombuffer(os.pread(descriptor, 4 * (count + 1), 4), "<u4").tolist()
@@ -119,46 +123,85 @@ class OpenShard:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def sizes(self, row: int) -> list[int]:
-        """Bytes of each column of a sample. Where only one varies it follows from the sample's length, without a read."""
-        if not 0 <= row < len(self):
-            raise DataError(f"there is no row {row} among {len(self)}", where=self.name)
-        begin, end = self._offsets[row : row + 2]
-        varying: tuple[int, ...] = (end - begin - self._least,)
-        if self._heads.size != 4 or varying[0] < 0:
-            varying = self._checked(row, os.pread(self._descriptor, self._heads.size, begin))
+    def sizes(self, row: int, **known: int) -> list[int]:
+        """Bytes of each column of a sample. Without a read where all that vary are `known` but the padding: that follows from the
+        sample's length.
+
+        Raises:
+            DataError: There is no such row, or it cannot be read.
+        """
+        begin, end = self._ends(row)
+        padding = end - begin - self._least - sum(known.values())
+        if len(known) == len(self._varying) - 1 and 0 <= padding < ALIGNMENT:
+            known[PADDING] = padding
+            varying = tuple(known[name] for name in self._varying)
+        else:
+            head = os.pread(self._descriptor, self._heads.size, begin)
+            if len(head) < self._heads.size:
+                raise DataError(f"row {row}: the file ends before it", where=self.name, remedy=PREPARE_AGAIN)
+            varying = self._heads.unpack(head)
+            self._check(row, varying)
         rest = iter(varying)
         return [next(rest) if size is None else size for size in self._index.column_sizes]
 
-    def _checked(self, row: int, head: bytes | bytearray) -> tuple[int, ...]:
-        """What a sample's head says: the bytes of its columns that vary. Together with the others they are its length."""
-        varying, length = self._heads.unpack(head), self._offsets[row + 1] - self._offsets[row]
-        if self._least + sum(varying) != length:
+    def _ends(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self):
+            raise DataError(f"there is no row {row} among {len(self)}", where=self.name)
+        return self._offsets[row], self._offsets[row + 1]
+
+    def _check(self, row: int, varying: Sequence[int]) -> None:
+        """Raises DataError unless the columns' sizes are together what the sample has."""
+        begin, end = self._ends(row)
+        if self._least + sum(varying) != end - begin:
             raise DataError(
-                f"row {row} has {length} bytes, its columns {self._least + sum(varying)}",
+                f"row {row} has {end - begin} bytes, its columns {self._least + sum(varying)}",
                 where=self.name,
                 remedy=PREPARE_AGAIN,
             )
-        return varying
 
-    def read_into(self, row: int, places: Sequence[Any]) -> None:
-        """Reads a sample in one go: each column into a place of the size that `sizes` gave, and the head, to check them."""
-        head, (begin, end) = bytearray(self._heads.size), self._offsets[row : row + 2]
+    def read_into(self, row: int, sizes: Sequence[int], column: int, place: Any) -> bytearray:
+        """Reads a sample in one go: a column into a place of its size, and all around it.
+
+        Args:
+            row: Which sample.
+            sizes: Of its columns, from `sizes`.
+            column: The number of the column that has a place.
+            place: Memory of its size.
+
+        Returns:
+            The sample without that column: its head, which was compared with `sizes`, and the other columns.
+
+        Raises:
+            DataError: It cannot be read, or its columns have other sizes.
+        """
+        begin, end = self._ends(row)
+        before = self._heads.size + sum(sizes[:column])
+        around = bytearray(end - begin - sizes[column])
+        view = memoryview(around)
         try:
-            count = os.preadv(self._descriptor, [head, *places], begin)
+            count = os.preadv(self._descriptor, [view[:before], place, view[before:]], begin)
         except OSError as cause:
             raise DataError(
                 f"row {row} cannot be read: {cause.strerror}", where=self.name, remedy="look after the disk"
             ) from cause
         if count != end - begin:
             raise DataError(f"row {row}: {count} bytes instead of {end - begin}", where=self.name, remedy=PREPARE_AGAIN)
-        self._checked(row, head)
+        there, planned = self._heads.unpack_from(around), tuple([sizes[column] for column in self._places])
+        if there != planned:
+            self._check(row, there)
+            raise DataError(
+                f"row {row} has columns of {there} bytes instead of {planned}", where=self.name, remedy=PREPARE_AGAIN
+            )
+        return around
 
     def read(self, row: int) -> dict[str, bytearray]:
         """The columns of one sample, by name."""
-        places = [bytearray(size) for size in self.sizes(row)]
-        self.read_into(row, places)
-        return dict(zip(self._index.columns, places, strict=True))
+        sizes = self.sizes(row)
+        first = bytearray(sizes[0])
+        rest = self.read_into(row, sizes, 0, first)
+        ends = list(accumulate(sizes[1:], initial=self._heads.size))
+        others = [rest[start:end] for start, end in pairwise(ends)]
+        return dict(zip(self._index.columns, [first, *others], strict=True))
 
 
 class ShardSource(Protocol):

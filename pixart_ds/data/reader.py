@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from pixart_ds.data.shards import PreparedSet
 from pixart_ds.diffusion.noise import draw_all
 from pixart_ds.errors import DataError
 from pixart_ds.plan.order import Order, StepPlan
+
+_INTEGER = struct.Struct("<q")
 
 ShardKey = tuple[int, str, int]
 """(index of the set, `captions` or the name of latents, row group)."""
@@ -103,6 +107,7 @@ class _Rows:
 
     Attributes:
         index: Of their shards.
+        large: The number of the column that is read into memory of the micro-batch.
         sets: Which set.
         shards: Which shard.
         rows: Which row of it.
@@ -111,25 +116,44 @@ class _Rows:
     """
 
     index: ShardIndex
+    large: int
     sets: list[int]
     shards: list[OpenShard]
     rows: list[int]
     parts: list[int]
     sizes: list[list[int]]
 
-    def of(self, column: str) -> list[int]:
-        """Bytes of one column in each row."""
+    def numbers(self, column: str, around: Sequence[bytearray]) -> list[int]:
+        """A column of one integer that stands behind the large one, of what `read` gave."""
         at = self.index.columns.index(column)
-        return [sizes[at] for sizes in self.sizes]
+        head = 4 * self.index.column_sizes.count(None)
+        return [
+            _INTEGER.unpack_from(each, head + sum(sizes[:at]) - sizes[self.large])[0]
+            for each, sizes in zip(around, self.sizes, strict=True)
+        ]
 
-    def read(self, **places: Iterable[Any]) -> dict[str, npt.NDArray[np.uint8]]:
-        """Reads the rows, these columns into these places; returns the columns of fixed size, (n, bytes) each."""
-        sizes = zip(self.index.columns, self.index.column_sizes, strict=True)
-        fixed = {name: np.empty((len(self.rows), size), np.uint8) for name, size in sizes if size is not None}
-        known = {**fixed, **places}
-        columns = [known[name] if name in known else map(bytearray, self.of(name)) for name in self.index.columns]
-        for shard, row, *mine in zip(self.shards, self.rows, *columns, strict=True):
-            shard.read_into(row, mine)
+    @property
+    def large_sizes(self) -> list[int]:
+        """Bytes of the large column in each row."""
+        return [sizes[self.large] for sizes in self.sizes]
+
+    def read(self, places: Iterable[Any]) -> tuple[list[bytearray], dict[str, npt.NDArray[np.uint8]]]:
+        """Reads the rows, their large columns into these places.
+
+        Returns:
+            Of each row what is around its large column; and the columns behind the last one of variable size, (n, bytes) each.
+
+        Raises:
+            DataError: A row cannot be read, or is another one than planned.
+        """
+        around = [
+            shard.read_into(row, sizes, self.large, place)
+            for shard, row, sizes, place in zip(self.shards, self.rows, self.sizes, places, strict=True)
+        ]
+        last = max(place for place, size in enumerate(self.index.column_sizes) if size is None) + 1
+        ends = list(accumulate(size or 0 for size in self.index.column_sizes[last:]))
+        tails = np.frombuffer(b"".join([each[-ends[-1] :] for each in around]), np.uint8).reshape(-1, ends[-1])
+        fixed = dict(zip(self.index.columns[last:], np.split(tails, ends[:-1], axis=1), strict=True))
         stored = (_ints(fixed["row"]), _ints(fixed["part"]))
         for shard, row, part, *found in zip(self.shards, self.rows, self.parts, *stored, strict=True):
             if found != [row, part]:
@@ -138,11 +162,12 @@ class _Rows:
                     where=shard.name,
                     remedy="prepare the set again into a new folder",
                 )
-        return fixed
+        return around, fixed
 
 
 def _ints(column: npt.NDArray[np.uint8]) -> list[int]:
-    return column.view("<i8")[:, 0].tolist()
+    numbers: list[int] = np.ascontiguousarray(column).view("<i8")[:, 0].tolist()
+    return numbers
 
 
 class Reader:
@@ -194,7 +219,8 @@ class Reader:
         info, bucket = about.latents[self.latents], int(plan.bucket[0])
         size = info.sizes[0 if info.square else bucket]
         count, shape = len(plan), (about.latent_channels, *size)
-        texts, images = (self._rows(plan, name, shards) for name in ("captions", self.latents))
+        texts = self._rows(plan, "captions", "caption_embeds", shards)
+        images = self._rows(plan, self.latents, "latents", shards, latents=math.prod(shape) * 2 * 2)
         tokens = self._tokens(texts)
         lengths = tuple(max(1, each) for each in tokens) if self.captions else ()
         captions, moments, latents, noise = buffer.take(
@@ -231,20 +257,19 @@ class Reader:
         """The micro-batch with caption features in fp16, made on the device where it is: what is copied there is what is stored."""
         return replace(batch, caption_embeds=self._codec.decode(batch.caption_embeds, self._channels))
 
-    def _rows(self, plan: StepPlan, name: str, shards: Mapping[ShardKey, OpenShard]) -> _Rows:
-        """Where the plan's samples lie."""
+    def _rows(self, plan: StepPlan, name: str, large: str, shards: Mapping[ShardKey, OpenShard], **known: int) -> _Rows:
+        """Where the plan's samples lie, and the sizes of their columns, of which some may be known."""
         sets, groups, rows = plan.set_index.tolist(), plan.group.tolist(), plan.row.tolist()
         mine = [shards[number, name, group] for number, group in zip(sets, groups, strict=True)]
         parts = [self._parts[number][group] for number, group in zip(sets, groups, strict=True)]
-        sizes = [shard.sizes(row) for shard, row in zip(mine, rows, strict=True)]
-        return _Rows(self.sets[0].index(name), sets, mine, rows, parts, sizes)
+        sizes = [shard.sizes(row, **known) for shard, row in zip(mine, rows, strict=True)]
+        index = self.sets[0].index(name)
+        return _Rows(index, index.columns.index(large), sets, mine, rows, parts, sizes)
 
     def _tokens(self, texts: _Rows) -> list[int]:
         """How long each caption is."""
         found = []
-        for number, shard, row, size in zip(
-            texts.sets, texts.shards, texts.rows, texts.of("caption_embeds"), strict=True
-        ):
+        for number, shard, row, size in zip(texts.sets, texts.shards, texts.rows, texts.large_sizes, strict=True):
             about = self.sets[number].description
             tokens, rest = divmod(size, self._token_bytes)
             if rest or tokens > about.max_tokens:
@@ -260,28 +285,30 @@ class Reader:
         self, texts: _Rows, tokens: Sequence[int], lengths: Sequence[int], captions: torch.Tensor
     ) -> list[int]:
         """Puts each caption's stored features in its place; returns the class labels."""
-        if not self.captions:
-            return _ints(texts.read()["class_label"])
-        places = []
-        for place, count in zip(np.split(captions.numpy(), np.cumsum(lengths)[:-1]), tokens, strict=True):
-            place[count:] = 0  # where a caption has none: zero bytes are zeros in every codec
-            places.append(place[:count])
-        return _ints(texts.read(caption_embeds=places)["class_label"])
+        places, stored, end = [], captions.numpy(), 0
+        for length, count in zip(lengths, tokens, strict=self.captions):
+            places.append(stored[end : end + count])
+            stored[end + count : end + length] = 0  # where a caption has none: zero bytes are zeros in every codec
+            end += length
+        return texts.numbers(
+            "class_label", texts.read(places if self.captions else map(bytearray, texts.large_sizes))[0]
+        )
 
     def _read_latents(self, images: _Rows, moments: torch.Tensor) -> tuple[list[int], npt.NDArray[np.float32]]:
         """Puts each mean and standard deviation in its place (2C, h, w); returns ids and (n, 2) sizes of the pictures."""
         shape, wanted = tuple(moments.shape[1:]), moments[0].nbytes
-        for shard, row, size in zip(images.shards, images.rows, images.of("latents"), strict=True):
+        for shard, row, size in zip(images.shards, images.rows, images.large_sizes, strict=True):
             if size != wanted:
                 raise DataError(f"row {row} has latents of {size} bytes, its bucket {wanted}", where=shard.name)
-        columns = images.read(latents=moments.numpy())
-        for shard, row, stored in zip(images.shards, images.rows, columns["shape"].view("<i4").tolist(), strict=True):
+        _, columns = images.read(moments.numpy())
+        shapes = np.ascontiguousarray(columns["shape"]).view("<i4").tolist()
+        for shard, row, stored in zip(images.shards, images.rows, shapes, strict=True):
             if tuple(stored) != shape:
                 raise DataError(f"row {row} has latents of shape {tuple(stored)}, its bucket {shape}", where=shard.name)
         # of what was read, not of what was planned
         read = zip(images.sets, _ints(columns["part"]), _ints(columns["row"]), strict=True)
         ids = [self._first_id[number][part] + row for number, part, row in read]
-        return ids, columns["original_size"].view("<i4").astype(np.float32)
+        return ids, np.ascontiguousarray(columns["original_size"]).view("<i4").astype(np.float32)
 
 
 def sample_digest(sample_id: int, visit: int, timestep: int, noise_key: int) -> int:

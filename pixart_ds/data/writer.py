@@ -17,13 +17,16 @@ import torch
 from pixart_ds import files
 from pixart_ds.data.codecs import CODECS
 from pixart_ds.data.format import (
+    ALIGNMENT,
     CAPTION_COLUMNS,
     CAPTIONS,
     CONDITIONS,
     FORMAT,
+    LARGE_COLUMNS,
     LATENT_COLUMNS,
     MANIFEST,
     MAX_SHARD_BYTES,
+    PADDING,
     PROMPTS,
     ROWS,
     Row,
@@ -194,8 +197,10 @@ class SetWriter:
             size_limit=MAX_SHARD_BYTES,
             progress_bar=False,
         ) as writer:
-            for sample in samples:
-                writer.write(sample)
+            for number, sample in enumerate(samples):
+                # the offsets of all samples stand before the first one
+                begin = writer.new_shard_size + writer.extra_bytes_per_sample * (len(samples) - number)
+                writer.write({PADDING: bytes(-(begin + _before_large(columns, sample)) % ALIGNMENT), **sample})
         (entry,) = files.read_json(scratch / folder / "index.json")["shards"]
         about = entry["raw_data"]
         name = f"{part_name(part)}-{about['hashes']['xxh3_64']}.mds"
@@ -288,6 +293,16 @@ def fingerprint_of(described: Mapping[str, Any], indexes: Iterable[bytes], condi
         digest.update(index)
     digest.update(conditions)
     return digest.hexdigest()
+
+
+def _before_large(columns: Mapping[str, str], sample: Mapping[str, Any]) -> int:
+    """Bytes of a sample before its large column, without padding: the size of each column that varies, and small columns."""
+    total = 4 * sum(encoding in ("bytes", "str") for encoding in columns.values())
+    for name in sorted(columns.keys() - {PADDING}):
+        if name in LARGE_COLUMNS:
+            break
+        total += len(sample[name].encode()) if columns[name] == "str" else sample[name].nbytes
+    return total
 
 
 # ---- rows.parquet --------------------------------------------------------------------------------------------------------

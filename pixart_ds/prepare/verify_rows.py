@@ -21,9 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pixart_ds.data.codecs import CODECS
 from pixart_ds.data.format import (
+    ALIGNMENT,
     CAPTION_COLUMNS,
     CAPTIONS,
+    LARGE_COLUMNS,
     LATENT_COLUMNS,
+    PADDING,
     ROWS,
     SetDescription,
     latents_folder,
@@ -572,6 +575,7 @@ class GroupChecker:
             found.problems.add("damaged", f"the shard has the right hash, but {error}", where)
             return None
         self._places(samples, group, where, found.problems)
+        self._padding(samples, where, found.problems)
         return samples, where
 
     def _places(self, samples: _Samples, group: Group, where: str, problems: Problems) -> None:
@@ -579,6 +583,18 @@ class GroupChecker:
         problems.rows("place", parts != group.part, lambda row: f"part is {parts[row]} instead of {group.part}", where)
         problems.rows(
             "place", rows != np.arange(group.count), lambda row: f"row is {rows[row]} instead of {row}", where
+        )
+
+    def _padding(self, samples: _Samples, where: str, problems: Problems) -> None:
+        (large,) = samples.starts.keys() & set(LARGE_COLUMNS)
+        starts, lengths = samples.starts[large], samples.lengths[PADDING]
+        dirty = np.array([bool(samples.content(PADDING, row).any()) for row in range(len(lengths))])
+        problems.rows("padding", dirty, lambda row: "the padding holds other bytes than zeros", where)
+        problems.rows(
+            "padding",
+            (starts % ALIGNMENT != 0) | (lengths >= ALIGNMENT),
+            lambda row: f"{lengths[row]} bytes of padding put {large} at byte {starts[row]} of the file",
+            where,
         )
 
     def _captions(self, group: Group, samples: _Samples, where: str, lines: _Lines | None, found: Found) -> None:

@@ -67,7 +67,8 @@ def test_both_codecs_give_the_same_samples_and_nearly_the_same_captions(
 def test_shards_hold_about_half(tmp_path: Path) -> None:
     sizes = [int(open_set(tmp_path, codec, tokens=9).index("captions").sizes.sum()) for codec in ("fp16", "int8")]
     count = sum(rows for _, rows in GROUPS)
-    assert sizes[0] - sizes[1] == count * 9 * (2 * CHANNELS - CODECS["int8"].bytes_per_token(CHANNELS))
+    features = count * 9 * (2 * CHANNELS - CODECS["int8"].bytes_per_token(CHANNELS))
+    assert abs(sizes[0] - sizes[1] - features) < 64 * count  # but for padding
 
 
 def test_captions_without_tokens_and_nets_without_captions(tmp_path: Path) -> None:

@@ -41,24 +41,43 @@ def test_a_head_that_is_not_the_rows_is_refused(tmp_path: Path, name: str) -> No
     assert bytes(shard.read(2)["row"]) == struct.pack("<q", 2)
 
 
+LATENTS_BYTES = 8 * 6 * 6 * 2
+
+
 def test_a_row_of_latents_is_read_without_its_head_first(tmp_path: Path) -> None:
     shard, path = opened(tmp_path, "48-buckets")
     sizes = shard.sizes(3)
     overwrite(path, begin_of(path, 3), b"????")
-    assert shard.sizes(3) == sizes == [16, 8 * 6 * 6 * 2, 8, 8, 8, 12]
+    assert shard.sizes(3, latents=LATENTS_BYTES) == sizes == [sizes[0], 16, LATENTS_BYTES, 8, 8, 8, 12]
     with pytest.raises(DataError, match=r"row 3 has \d+ bytes, its columns \d+"):
-        shard.read_into(3, [bytearray(size) for size in sizes])
+        shard.read_into(3, sizes, 2, bytearray(LATENTS_BYTES))
+
+
+@pytest.mark.parametrize("wrong", [LATENTS_BYTES - 64, LATENTS_BYTES + 64])
+def test_latents_of_another_size_than_expected_are_told_from_padding(tmp_path: Path, wrong: int) -> None:
+    shard, _ = opened(tmp_path, "48-buckets")
+    assert shard.sizes(3, latents=wrong) == shard.sizes(3)
+
+
+def test_columns_of_other_sizes_with_the_same_sum_are_refused(tmp_path: Path) -> None:
+    shard, path = opened(tmp_path, "48-buckets")
+    sizes = shard.sizes(3)
+    overwrite(path, begin_of(path, 3), struct.pack("<II", sizes[0] + 8, sizes[2] - 8))
+    with pytest.raises(DataError, match="row 3 has columns of .* bytes instead of"):
+        shard.read_into(3, sizes, 2, bytearray(LATENTS_BYTES))
 
 
 @pytest.mark.parametrize("name", ["captions", "48-buckets"])
 def test_a_row_cut_short_is_refused(tmp_path: Path, name: str) -> None:
     shard, path = opened(tmp_path, name)
     sizes = shard.sizes(7)
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size - 3)
-    length = 4 * (3 if name == "captions" else 1) + sum(sizes)
-    with pytest.raises(DataError, match=f"row 7: {length - 3} bytes instead of {length}"):
-        shard.read(7)
+    length = 4 * (4 if name == "captions" else 2) + sum(sizes)
+    for missing in (3, length + 1):
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size - missing)
+        found = f"row 7: {length - 3} bytes instead of {length}" if missing == 3 else "row 7: the file ends before it"
+        with pytest.raises(DataError, match=found):
+            shard.read(7)
 
 
 def test_a_row_beyond_the_last_is_refused(tmp_path: Path) -> None:

@@ -46,6 +46,25 @@ def test_rows_read_back_as_they_were_written(made: PreparedSet) -> None:
             number += 1
 
 
+@pytest.mark.parametrize(("name", "column"), [("captions", "caption_embeds"), ("48-buckets", "latents")])
+def test_large_columns_begin_at_whole_lines_of_the_cache(made: PreparedSet, name: str, column: str) -> None:
+    index = made.index(name)
+    folder = Path(made.path) / ("captions" if name == "captions" else f"latents-{name}")
+    padding = set()
+    for number, file in enumerate(index.names):
+        content = (folder / file).read_bytes()
+        shard = made.source(name, None).open(number)
+        for place, begin in enumerate(np.frombuffer(content, "<u4", len(shard), 4).tolist()):
+            sizes = dict(zip(index.columns, shard.sizes(place), strict=True))
+            padding.add(sizes["align"])
+            names = index.columns[: index.columns.index(column)]
+            at = begin + 4 * index.column_sizes.count(None) + sum(sizes[each] for each in names)
+            assert at % 64 == 0
+            assert content[at : at + sizes[column]] == shard.read(place)[column]
+    assert len(padding) > 1
+    assert max(padding) < 64
+
+
 @pytest.mark.parametrize("folder", ["captions", "latents-32-square", "latents-48-buckets"])
 def test_a_stock_streaming_dataset_reads_it(made: PreparedSet, folder: str) -> None:
     code = textwrap.dedent(f"""

@@ -73,7 +73,7 @@ def change_column(made: Path, folder: str, shard: int, number: int, column: str,
     (path.parent / name).write_bytes(raw)
 
     def told(entry: Any) -> None:
-        entry["raw_data"].update(basename=name, hashes={"xxh3_64": digest})
+        entry["raw_data"].update(basename=name, bytes=len(raw), hashes={"xxh3_64": digest})
 
     edit(made / folder / "index.json", lambda value: told(value["shards"][shard]))
     edit(made / f"parts/part-{shard:05d}.json", lambda value: told(value["shards"][folder]))
@@ -159,6 +159,23 @@ def damaged_header(made: Path) -> None:
     change_column(made, LATENTS, 1, 3, "part", b"\1")  # makes the hashes right
 
 
+def padded(made: Path, folder: str, shard: int) -> int:
+    """A row that has padding; its size is the first number of the row."""
+    raw = shard_file(made, folder, shard).read_bytes()
+    begins = np.frombuffer(raw, "<u4", int.from_bytes(raw[:4], "little"), 4).tolist()
+    return next(row for row, begin in enumerate(begins) if any(raw[begin : begin + 4]))
+
+
+def out_of_line(made: Path) -> None:
+    """Moves all rows of a shard by a byte."""
+    path = shard_file(made, LATENTS, 1)
+    raw = path.read_bytes()
+    count = int.from_bytes(raw[:4], "little")
+    offsets = np.frombuffer(raw, "<u4", count + 1, 4)
+    path.write_bytes(raw[:4] + (offsets + 1).tobytes() + raw[8 + 4 * count : offsets[0]] + b" " + raw[offsets[0] :])
+    change_column(made, LATENTS, 1, 3, "part", b"\1")  # makes the hashes right
+
+
 # what is done, the kind, words of what is told, and of where
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     "a bit of captions": (lambda m: flip(shard_file(m, "captions", 1)), "damaged", "xxh3 hash", "captions/part-00001"),
@@ -216,6 +233,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     ),
     "one name twice": (
         lambda m: change_column(m, "captions", 0, 1, "name", b"pictures/2"), "name", "2 rows are called", "row 2",
+    ),
+    "padding that is used": (
+        lambda m: change_column(m, "captions", 1, padded(m, "captions", 1), "align", b"\1"),
+        "padding", "other bytes than zeros", "captions/part-00001",
+    ),
+    "a large column out of line": (
+        out_of_line, "padding", "bytes of padding put latents at byte", f"{LATENTS}/part-00001",
     ),
     "a broken header": (
         damaged_header, "damaged", "right hash, but", f"{LATENTS}/part-00001",
