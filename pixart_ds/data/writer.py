@@ -57,6 +57,22 @@ class Conditions:
     null_mask: npt.NDArray[np.uint8]
     prompts: Sequence[tuple[str, npt.NDArray[np.float16]]] = ()
 
+    def to_bytes(self) -> bytes:
+        """The content of conditions.safetensors; the prompts' words are not in it."""
+        from safetensors.numpy import save
+
+        held = {f"prompt.{number}": embeds for number, (_, embeds) in enumerate(self.prompts)}
+        return save({"null": self.null, "null_mask": self.null_mask, **held})
+
+    @classmethod
+    def of_bytes(cls, content: bytes, prompts: Sequence[str]) -> Conditions:
+        """What `to_bytes` gave of these prompts."""
+        from safetensors.numpy import load
+
+        tensors = load(content)
+        held = [(text, tensors[f"prompt.{number}"]) for number, text in enumerate(prompts)]
+        return cls(tensors["null"], tensors["null_mask"], held)
+
 
 class SetWriter:
     """Writes the parts of one set. Several writers may write one set at once, even one part: the first that is done counts.
@@ -240,8 +256,6 @@ class SetWriter:
         Raises:
             DataError: No part holds a row.
         """
-        from safetensors.numpy import save
-
         groups: list[dict[str, int]] = []
         entries: dict[str, list[dict[str, Any]]] = {folder: [] for folder in self.folders}
         with scratch_of(self.target, f"{self.label}-finish") as scratch:
@@ -264,9 +278,7 @@ class SetWriter:
         indexes = [files.json_bytes({"version": 2, "shards": entries[folder]}) for folder in self.folders]
         for folder, index in zip(self.folders, indexes, strict=True):
             self.target.put(f"{folder}/index.json", index)
-        tensors = {"null": conditions.null, "null_mask": conditions.null_mask}
-        held = {f"prompt.{number}": embeds for number, (_, embeds) in enumerate(conditions.prompts)}
-        stored = save({**tensors, **held})
+        stored = conditions.to_bytes()
         self.target.put(CONDITIONS, stored)
         self.target.put(PROMPTS, files.json_bytes([text for text, _ in conditions.prompts]))
         manifest = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ import torch
 
 from pixart_ds import files
 from pixart_ds.config.schema import PrepareConfig
-from pixart_ds.data.format import MANIFEST, ROWS, SKIPPED, SUMMARY, SetDescription, latents_folder
+from pixart_ds.data.format import CONDITIONS, MANIFEST, ROWS, SKIPPED, SUMMARY, SetDescription, latents_folder
 from pixart_ds.data.mds import FolderSource, OpenShard, ShardIndex
 from pixart_ds.data.range_file import RangeFile
 from pixart_ds.data.shards import PreparedSet
@@ -30,10 +31,10 @@ from pixart_ds.prepare.encode import skipped_line
 from pixart_ds.prepare.items import Rejected
 from pixart_ds.prepare.parts import Plan
 from pixart_ds.prepare.scan import read_scan
-from pixart_ds.prepare.workers import text_encoder
 
 EXAMPLES = 24
 """Pictures that the page shows."""
+_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,13 @@ def counts_of(made: PreparedSet) -> Counts:
     return Counts(totals["skipped"], totals["truncated"])
 
 
-def finish(config: PrepareConfig, work: Path, plan: Plan, device: str) -> None:
+def finish(config: PrepareConfig, work: Path, plan: Plan) -> None:
     """Joins the parts of a plan, all of which are written."""
     description = SetDescription.model_validate(files.read_json(work / "set.json"))
     writer = SetWriter(config.output, description, plan=plan.key(config), label="finish")
-    text = text_encoder(config, device)
-    prompts = list(config.prompts)
-    null, mask = text.null()
-    held = list(zip(prompts, text.encode(prompts), strict=True)) if prompts else []
-    totals = _write_skipped(config, work, writer)
-    writer.finish(Conditions(null, mask, held), totals)
-    shutil.rmtree(
-        work / "features", ignore_errors=True
-    )  # of captions that several pictures share: the rows hold them now
+    conditions = Conditions.of_bytes((work / CONDITIONS).read_bytes(), config.prompts)
+    writer.finish(conditions, _write_skipped(config, work, writer))
+    shutil.rmtree(work / "features", ignore_errors=True)  # the rows hold them now
 
 
 def _write_skipped(config: PrepareConfig, work: Path, writer: SetWriter) -> dict[str, Any]:
@@ -122,9 +117,10 @@ def write_summary(config: PrepareConfig, made: PreparedSet, seconds: float, devi
 
 
 def _skipped(made: PreparedSet) -> Iterator[Rejected]:
-    for line in made.store.read(SKIPPED).decode().splitlines():
-        about = json.loads(line)
-        yield Rejected(about["picture"], about["kind"], about["reason"])
+    with io.BufferedReader(RangeFile(made.store, SKIPPED), _READ_BYTES) as lines:  # there may be millions
+        for line in lines:
+            about = json.loads(line)
+            yield Rejected(about["picture"], about["kind"], about["reason"])
 
 
 def _examples(config: PrepareConfig, made: PreparedSet, device: str) -> Iterator[summary.Example]:

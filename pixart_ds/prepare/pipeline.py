@@ -6,6 +6,7 @@ WORK/plan/              which pictures make which part (`parts`)
 WORK/captions/          what a model wrote, by part (`caption`)
 WORK/features/          features of captions that several pictures share, until the set is finished
 WORK/set.json           the set's description, once the encoders are known
+WORK/conditions.safetensors  what the encoder makes of the empty caption and of the held prompts
 WORK/locks/             one file for each share of the work that some process has in hand
 """
 
@@ -389,7 +390,7 @@ def _finish(
     if done == plan.num_parts and only in (None, "finish"):
         with _in_hand(work, "finish", "end"):
             if not exists(open_store(config.output), MANIFEST):
-                finish.finish(config, work, plan, device)
+                finish.finish(config, work, plan)
             made = PreparedSet.open(config.output)
             page = finish.write_summary(config, made, time.monotonic() - began, device)
     elif only == "finish":

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any, Literal
 from pixart_ds import files
 from pixart_ds.config.schema import PrepareConfig
 from pixart_ds.data.codecs import CODECS
-from pixart_ds.data.format import MAX_SHARD_BYTES, LatentsInfo, SetDescription
-from pixart_ds.data.writer import SetWriter
+from pixart_ds.data.format import CONDITIONS, MAX_SHARD_BYTES, LatentsInfo, SetDescription
+from pixart_ds.data.writer import Conditions, SetWriter
 from pixart_ds.encoders.captions import load_captioner, shrunk_size
 from pixart_ds.encoders.latents import KLEncoder, LatentEncoder, vae_facts
 from pixart_ds.encoders.text import T5Encoder, TextEncoder, text_facts
@@ -161,7 +162,17 @@ class _Worker:
         vae, text = encoders(self._config, self._begin.device)
         description = describe(self._config, self._plan, self._begin.work, vae, text)
         agreed(self._begin.work / "set.json", description.model_dump(mode="json"))
+        self._write_conditions(text)
         return vae, text, description
+
+    def _write_conditions(self, text: TextEncoder) -> None:
+        """Keeps what the set holds beside its rows, so that nobody needs the encoder again to finish it."""
+        path = self._begin.work / CONDITIONS
+        if not path.exists():
+            prompts = self._config.prompts
+            held = list(zip(prompts, text.encode(prompts), strict=True)) if prompts else []
+            with suppress(FileExistsError):  # another process was faster
+                files.write_new(path, [Conditions(*text.null(), held).to_bytes()])
 
     @cached_property
     def _features(self) -> CaptionFeatures:
@@ -205,15 +216,11 @@ class _Worker:
 
 def encoders(config: PrepareConfig, device: str) -> tuple[LatentEncoder, TextEncoder]:
     """Both encoders of a recipe."""
+    precision, clean = config.text_precision, config.captions.clean
     return (
         KLEncoder(config.vae, device, precision=config.vae_precision),
-        text_encoder(config, device),
+        T5Encoder(config.text_encoder, config.max_tokens, device, precision=precision, clean=clean),
     )
-
-
-def text_encoder(config: PrepareConfig, device: str) -> TextEncoder:
-    clean = config.captions.clean
-    return T5Encoder(config.text_encoder, config.max_tokens, device, precision=config.text_precision, clean=clean)
 
 
 def agreed(path: Path, about: dict[str, Any]) -> None:
