@@ -186,7 +186,11 @@ class ShardCache:
             return None
         key = self._key(number, descriptor)
         if key not in self._sound:  # once in each process: a file may be damaged long after its download
-            if damage(descriptor, self.index, number) is not None:
+            try:
+                damaged = damage(descriptor, self.index, number) is not None
+            except OSError:  # the disk cannot read it
+                damaged = True
+            if damaged:
                 os.close(descriptor)
                 return None  # it is downloaded anew, under the lock, and replaced
             self._sound.add(key)

@@ -201,6 +201,8 @@ class Loader:
         try:
             return job.result.result(self.patience_seconds)
         except TimeoutError as cause:
+            if job.result.done():  # a file system's, not ours
+                raise
             waiting = [self._shards.name(key) for key in job.needs if not self._shards.futures[key].done()]
             raise DataError(
                 f"no micro-batch for {self.patience_seconds:.0f} s at {images_seen} images; "

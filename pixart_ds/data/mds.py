@@ -56,15 +56,21 @@ class ShardIndex:
         Raises:
             DataError: It is unreadable, or of another kind than `prepare` writes.
         """
-        shards = files.parse_json(raw, where, remedy=PREPARE_AGAIN)["shards"]
+        value = files.parse_json(raw, where, remedy=PREPARE_AGAIN)
         try:
+            shards = value["shards"]
             kinds = {
                 (s["format"], s["compression"], tuple(s["column_names"]), tuple(s["column_sizes"])) for s in shards
             }
             hashes = [s["raw_data"]["hashes"]["xxh3_64"] for s in shards]
-        except (KeyError, TypeError) as cause:
+            names = [s["raw_data"]["basename"] for s in shards]
+            samples = np.array([s["samples"] for s in shards], np.int64)
+            lengths = np.array([s["raw_data"]["bytes"] for s in shards], np.int64)
+        except (KeyError, TypeError, ValueError, OverflowError) as cause:
             raise DataError(
-                f"the index is not one of plain MDS shards with xxh3_64 hashes: {cause!r}", where=where
+                f"the index is not one of plain MDS shards with xxh3_64 hashes: {cause!r}",
+                where=where,
+                remedy=PREPARE_AGAIN,
             ) from cause
         if len(kinds) != 1:
             raise DataError(f"the index holds shards of {len(kinds)} kinds", where=where, remedy=PREPARE_AGAIN)
@@ -72,9 +78,9 @@ class ShardIndex:
         if form != "mds" or compression is not None:
             raise DataError(f"shards must be uncompressed MDS, not {form} with {compression}", where=where)
         return cls(
-            names=[s["raw_data"]["basename"] for s in shards],
-            samples=np.array([s["samples"] for s in shards], np.int64),
-            sizes=np.array([s["raw_data"]["bytes"] for s in shards], np.int64),
+            names=names,
+            samples=samples,
+            sizes=lengths,
             hashes=hashes,
             columns=columns,
             column_sizes=sizes,
@@ -99,6 +105,14 @@ def damage(descriptor: int, index: ShardIndex, number: int) -> str | None:
     return None
 
 
+def _unreadable(what: str, where: object, cause: OSError) -> DataError:
+    return DataError(
+        f"{what} cannot be read: {cause.strerror}",
+        where=where,
+        remedy="look after the disk or file system, then start again",
+    )
+
+
 class OpenShard:
     """A whole shard, open for reading; closed when nobody holds it any more.
 
@@ -114,8 +128,8 @@ class OpenShard:
         self._varying = [index.columns[place] for place in self._places]
         self._heads = struct.Struct(f"<{len(self._varying)}I")
         self._least = self._heads.size + sum(size or 0 for size in index.column_sizes)
-        (count,) = struct.unpack("<I", os.pread(descriptor, 4, 0))
-        self._offsets = np.frombuffer(os.pread(descriptor, 4 * (count + 1), 4), "<u4").tolist()
+        (count,) = struct.unpack("<I", self._pread(4, 0, "its count"))
+        self._offsets = np.frombuffer(self._pread(4 * (count + 1), 4, "the places of its rows"), "<u4").tolist()
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -136,13 +150,19 @@ class OpenShard:
             known[PADDING] = padding
             varying = tuple(known[name] for name in self._varying)
         else:
-            head = os.pread(self._descriptor, self._heads.size, begin)
-            if len(head) < self._heads.size:
-                raise DataError(f"row {row}: the file ends before it", where=self.name, remedy=PREPARE_AGAIN)
-            varying = self._heads.unpack(head)
+            varying = self._heads.unpack(self._pread(self._heads.size, begin, f"row {row}"))
             self._check(row, varying)
         rest = iter(varying)
         return [next(rest) if size is None else size for size in self._index.column_sizes]
+
+    def _pread(self, count: int, at: int, what: str) -> bytes:
+        try:
+            content = os.pread(self._descriptor, count, at)
+        except OSError as cause:
+            raise _unreadable(what, self.name, cause) from cause
+        if len(content) < count:
+            raise DataError(f"the file ends before {what}", where=self.name, remedy=PREPARE_AGAIN)
+        return content
 
     def _ends(self, row: int) -> tuple[int, int]:
         if not 0 <= row < len(self):
@@ -166,10 +186,11 @@ class OpenShard:
             row: Which sample.
             sizes: Of its columns, from `sizes`.
             column: The number of the column that has a place.
-            place: Memory of its size.
+            place: Memory of its size, whose bytes lie one behind the other; None leaves the column and what is before it unread.
 
         Returns:
-            The sample without that column: its head, which was compared with `sizes`, and the other columns.
+            The sample without that column: its head, which was compared with `sizes`, and the other columns; zeros for what was
+            not read.
 
         Raises:
             DataError: It cannot be read, or its columns have other sizes.
@@ -178,12 +199,16 @@ class OpenShard:
         before = self._heads.size + sum(sizes[:column])
         around = bytearray(end - begin - sizes[column])
         view = memoryview(around)
+        if place is None:
+            at = begin + before + sizes[column]
+            view[before:] = self._pread(end - at, at, f"row {row}")
+            return around
         try:
             count = os.preadv(self._descriptor, [view[:before], place, view[before:]], begin)
+            if count != end - begin:  # a file system may stop in between
+                count = self._read_slowly([view[:before], memoryview(place).cast("B"), view[before:]], begin)
         except OSError as cause:
-            raise DataError(
-                f"row {row} cannot be read: {cause.strerror}", where=self.name, remedy="look after the disk"
-            ) from cause
+            raise _unreadable(f"row {row}", self.name, cause) from cause
         if count != end - begin:
             raise DataError(f"row {row}: {count} bytes instead of {end - begin}", where=self.name, remedy=PREPARE_AGAIN)
         there, planned = self._heads.unpack_from(around), tuple([sizes[column] for column in self._places])
@@ -193,6 +218,15 @@ class OpenShard:
                 f"row {row} has columns of {there} bytes instead of {planned}", where=self.name, remedy=PREPARE_AGAIN
             )
         return around
+
+    def _read_slowly(self, places: Sequence[memoryview], begin: int) -> int:
+        """Fills places from `begin` on until the file ends; returns how many bytes there were."""
+        at = begin
+        for place in places:
+            filled = 0
+            while filled < len(place) and (count := os.preadv(self._descriptor, [place[filled:]], at)):
+                filled, at = filled + count, at + count
+        return at - begin
 
     def read(self, row: int) -> dict[str, bytearray]:
         """The columns of one sample, by name."""
@@ -234,16 +268,25 @@ class FolderSource:
         path = self.folder / self.index.names[number]
         try:
             descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as cause:
+            raise DataError("the shard is not there", where=path, remedy=PREPARE_AGAIN) from cause
         except OSError as cause:
             raise DataError(
-                f"the shard cannot be opened: {cause.strerror}", where=path, remedy=PREPARE_AGAIN
+                f"the shard cannot be opened: {cause.strerror}",
+                where=path,
+                remedy="look after its permissions, the file system, or the limit of open files (ulimit -n), then start again",
             ) from cause
         about = os.fstat(descriptor)
         key = (number, about.st_ino, about.st_mtime_ns)
         if key not in self._sound:
-            if (what := damage(descriptor, self.index, number)) is not None:
+            try:
+                if (what := damage(descriptor, self.index, number)) is not None:
+                    raise DataError(f"the shard is damaged: {what}", where=path, remedy=PREPARE_AGAIN)
+            except BaseException as error:
                 os.close(descriptor)
-                raise DataError(f"the shard is damaged: {what}", where=path, remedy=PREPARE_AGAIN)
+                if isinstance(error, OSError):
+                    raise _unreadable("the shard", path, error) from error
+                raise
             with self._lock:
                 self._sound.add(key)
         return OpenShard(descriptor, self.index, number, path)

@@ -290,9 +290,8 @@ class Reader:
             places.append(stored[end : end + count])
             stored[end + count : end + length] = 0  # where a caption has none: zero bytes are zeros in every codec
             end += length
-        return texts.numbers(
-            "class_label", texts.read(places if self.captions else map(bytearray, texts.large_sizes))[0]
-        )
+        around, _ = texts.read(places if self.captions else [None] * len(texts.rows))
+        return texts.numbers("class_label", around)
 
     def _read_latents(self, images: _Rows, moments: torch.Tensor) -> tuple[list[int], npt.NDArray[np.float32]]:
         """Puts each mean and standard deviation in its place (2C, h, w); returns ids and (n, 2) sizes of the pictures."""

@@ -14,9 +14,11 @@ from pixart_ds import files
 from pixart_ds.config.schema import SetConfig, StageConfig
 from pixart_ds.data.cache import CacheOptions, ShardCache, file_name, shards_here
 from pixart_ds.data.format import (
+    CAPTION_COLUMNS,
     CAPTIONS,
     CONDITIONS,
     FORMAT,
+    LATENT_COLUMNS,
     MANIFEST,
     PROMPTS,
     ROWS,
@@ -24,7 +26,7 @@ from pixart_ds.data.format import (
     SetDescription,
     latents_folder,
 )
-from pixart_ds.data.mds import FolderSource, ShardIndex, ShardSource
+from pixart_ds.data.mds import PREPARE_AGAIN, FolderSource, ShardIndex, ShardSource
 from pixart_ds.data.range_file import RangeFile
 from pixart_ds.data.store import Store, is_remote, open_store
 from pixart_ds.errors import ConfigError, DataError
@@ -80,18 +82,21 @@ class PreparedSet:
                 where=error.where,
                 remedy="correct data.sets.…path in the recipe, or run the same `pixart-ds prepare` again, or `upload`",
             ) from error
-        if manifest.get("format") != FORMAT:
-            raise DataError(f"the set has format {manifest.get('format')}; this version reads {FORMAT}", where=path)
-        groups = manifest["groups"]
-        return cls(
-            path=str(path),
-            store=store,
-            description=SetDescription.model_validate(manifest["description"]),
-            partitions=np.array([group["partition"] for group in groups], np.int64),
-            counts=np.array([group["count"] for group in groups], np.int64),
-            parts=np.array([group["part"] for group in groups], np.int64),
-            fingerprint=manifest["fingerprint"],
-        )
+        try:
+            if manifest.get("format") != FORMAT:
+                raise DataError(f"the set has format {manifest.get('format')}; this version reads {FORMAT}", where=path)
+            groups = manifest["groups"]
+            return cls(
+                path=str(path),
+                store=store,
+                description=SetDescription.model_validate(manifest["description"]),
+                partitions=np.array([group["partition"] for group in groups], np.int64),
+                counts=np.array([group["count"] for group in groups], np.int64),
+                parts=np.array([group["part"] for group in groups], np.int64),
+                fingerprint=manifest["fingerprint"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as cause:
+            raise none_of_ours(path, MANIFEST, cause) from cause
 
     @property
     def num_samples(self) -> int:
@@ -106,6 +111,13 @@ class PreparedSet:
         if name not in self._indexes:
             folder = self._folder(name)
             index = ShardIndex.parse(self.store.read(f"{folder}/index.json"), Path(self.path) / folder / "index.json")
+            columns = CAPTION_COLUMNS if name == CAPTIONS else LATENT_COLUMNS
+            if index.columns != tuple(columns):
+                raise DataError(
+                    f"the shards have the columns {', '.join(index.columns)} instead of {', '.join(columns)}",
+                    where=f"{self.path}/{folder}",
+                    remedy="it was prepared by another version: prepare it again into a new folder",
+                )
             if not np.array_equal(index.samples, self.counts):
                 raise DataError(
                     "the index and the manifest disagree about the row groups", where=f"{self.path}/{folder}"
@@ -227,9 +239,13 @@ class PreparedSet:
 
     @cached_property
     def _table(self) -> Any:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(RangeFile(self.store, ROWS))
+        try:
+            return pq.ParquetFile(RangeFile(self.store, ROWS))
+        except pa.ArrowException as cause:
+            raise none_of_ours(self.path, ROWS, cause) from cause
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -238,7 +254,12 @@ class PreparedSet:
 
     def rows(self, *names: str) -> dict[str, npt.NDArray[Any]]:
         """Columns of rows.parquet, an entry for each row; only these are read. A number that is missing is NaN."""
-        table = self._table.read(columns=list(names))
+        import pyarrow as pa
+
+        try:
+            table = self._table.read(columns=list(names))
+        except (pa.ArrowException, OSError) as cause:  # pyarrow says so of pages that it cannot read
+            raise none_of_ours(self.path, ROWS, cause) from cause
         if len(table) != self.num_samples:
             raise DataError(f"{ROWS} has {len(table)} rows, the manifest {self.num_samples}", where=self.path)
         return {name: table[name].to_numpy() for name in names}
@@ -260,9 +281,13 @@ class PreparedSet:
 
     @cached_property
     def _conditions(self) -> dict[str, npt.NDArray[np.float16]]:
+        from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        return dict(load(self.store.read(CONDITIONS)))
+        try:
+            return dict(load(self.store.read(CONDITIONS)))
+        except SafetensorError as cause:
+            raise none_of_ours(self.path, CONDITIONS, cause) from cause
 
     @property
     def null_embeds(self) -> npt.NDArray[np.float16]:
@@ -279,6 +304,16 @@ class PreparedSet:
         """The held prompts with their features (L, D)."""
         texts = files.parse_json(self.store.read(PROMPTS), Path(PROMPTS))
         return [(text, self._conditions[f"prompt.{number}"]) for number, text in enumerate(texts)]
+
+
+def none_of_ours(location: str | Path, name: str, cause: Exception) -> DataError:
+    """What to raise of a file of a set that cannot be understood."""
+    words = " ".join(str(cause).splitlines()[:3])
+    return DataError(
+        f"{name} is none that `prepare` writes: {type(cause).__name__}: {words}",
+        where=f"{location}/{name}",
+        remedy=PREPARE_AGAIN,
+    )
 
 
 def first_set(stage: StageConfig | None) -> PreparedSet | None:

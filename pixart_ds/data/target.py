@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import glob
+import hashlib
 import os
+import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -18,6 +24,7 @@ from pixart_ds.s3 import Connection, StoreError, s3_errors, split_url
 _PATIENCE_SECONDS = 120.0
 _LONGEST_PAUSE_SECONDS = 10.0
 _ATTEMPTS = 4
+_LOCK = ".lock"
 T = TypeVar("T")
 
 
@@ -26,8 +33,9 @@ class Target(Protocol):
 
     url: str
 
-    def scratch(self, label: str) -> Path:
-        """An empty folder for files on their way; what an earlier holder of the label left there is removed."""
+    @property
+    def scratch(self) -> Path:
+        """Where `scratch_of` makes the folders for files on their way: of this set alone."""
         ...
 
     def send(self, path: Path, name: str) -> None:
@@ -58,8 +66,9 @@ class FolderTarget:
     def __init__(self, folder: Path) -> None:
         self.folder, self.url = folder, str(folder)
 
-    def scratch(self, label: str) -> Path:
-        return _emptied(self.folder / ".scratch" / label)  # on the same file system, so that a rename is enough
+    @property
+    def scratch(self) -> Path:
+        return self.folder / ".scratch"  # on the same file system, so that a rename is enough
 
     def send(self, path: Path, name: str) -> None:
         to = self.folder / name
@@ -102,8 +111,10 @@ class S3Target:
         self.patience_seconds = _PATIENCE_SECONDS if patience_seconds is None else patience_seconds
         self._connection = Connection(_ATTEMPTS)
 
-    def scratch(self, label: str) -> Path:
-        return _emptied(Path(tempfile.gettempdir()) / f"pixart_ds-{os.getuid()}-prepare" / label)
+    @property
+    def scratch(self) -> Path:
+        digest = hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
+        return Path(tempfile.gettempdir()) / f"pixart_ds-{os.getuid()}-prepare" / digest
 
     def send(self, path: Path, name: str) -> None:
         digest = digest_of(path)
@@ -158,18 +169,78 @@ class S3Target:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
+# ---- scratch -------------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def scratch_of(target: Target, label: str) -> Iterator[Path]:
-    """The target's scratch folder of that label, removed at the end; a killed holder's is emptied by the next one."""
-    folder = target.scratch(label)
-    try:
-        yield folder
-    finally:
+    """An empty folder that nobody else has, whatever their label, removed at the end; what killed holders left goes first.
+
+        <scratch>/<label>-<host>-<random>        the folder
+        <scratch>/<label>-<host>-<random>.lock   locked as long as it is used; made before it, and removed after it
+
+    The kernel frees a lock with its process, however that ends, but one cluster may not see another's locks on the same file
+    system: a folder is reclaimed only by the host that made it, and only if its lock is free. One without a lock is left alone.
+
+    Args:
+        target: Of the set.
+        label: Says to people whose folder it is; without a slash.
+
+    Raises:
+        OSError: The disk is full, the folder is read-only, …
+    """
+    parent = target.scratch
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_overs(parent)
+    while True:
+        folder = parent / f"{label}-{_this_host()}-{secrets.token_hex(6)}"
+        lock = folder.with_name(folder.name + _LOCK)
+        with open(lock, "xb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # one who looks for left-overs was faster, and removes it
+            except OSError:
+                # no locks on this file system: nobody can tell later whether the folder is in use, so its name has no host
+                lock.unlink(missing_ok=True)
+                folder = parent / f"{label}-{secrets.token_hex(6)}"
+            else:
+                if not lock.exists():
+                    continue  # the same, and it has done so already
+            try:
+                folder.mkdir()
+                yield folder
+            finally:
+                _remove(folder, lock)
+        return
+
+
+def _remove_left_overs(parent: Path) -> None:
+    """Removes the folders of this host's killed processes, of any label: a later start may have other ones."""
+    for lock in parent.glob(f"*-{glob.escape(_this_host())}-*{_LOCK}"):
+        # an error: it is in use, has just gone, is another user's, or there are no locks; it is in nobody's way, so let it be
+        with suppress(OSError), open(lock, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists():  # else its holder has ended well since; no second file ever has its name
+                _remove(lock.with_name(lock.name.removesuffix(_LOCK)), lock)
+
+
+def _remove(folder: Path, lock: Path) -> None:
+    """Removes a folder, then its lock, which the caller holds; what cannot be removed now keeps its lock for a later one.
+
+    It raises nothing: an error on the way here is the one to tell.
+    """
+    with suppress(OSError):
         shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            lock.unlink(missing_ok=True)
 
 
-def _emptied(folder: Path) -> Path:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder
+@functools.cache
+def _this_host() -> str:
+    """What tells the running kernel from every other: two clusters may both have a host of one name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:12]
+    except OSError:
+        boot = secrets.token_hex(6)  # a host of its own: then nothing that others left is reclaimed
+    return f"{socket.gethostname()}.{boot}"

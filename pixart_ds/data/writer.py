@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,6 +76,12 @@ class Conditions:
         return cls(tensors["null"], tensors["null_mask"], held)
 
 
+def parts_done(target: Target) -> set[int]:
+    """Numbers of the parts of a set that are whole."""
+    found = (re.fullmatch(r"part-(\d+)\.json", name) for name in target.names("parts"))
+    return {int(each[1]) for each in found if each}
+
+
 class SetWriter:
     """Writes the parts of one set. Several writers may write one set at once, even one part: the first that is done counts.
 
@@ -81,7 +89,7 @@ class SetWriter:
         location: Folder or s3:// address of the set.
         description: What its rows are made of.
         plan: Fingerprint of what the parts are; parts of another plan are never joined with these.
-        label: Names the writer's scratch folder; two writers that work at once have two labels.
+        label: Says in the names of scratch folders whose they are.
     """
 
     def __init__(self, location: str | Path, description: SetDescription, *, plan: str = "", label: str = "0") -> None:
@@ -96,8 +104,7 @@ class SetWriter:
 
     def parts_done(self) -> set[int]:
         """Numbers of the parts that are whole."""
-        names = (name.removeprefix("part-").removesuffix(".json") for name in self.target.names("parts"))
-        return {int(name) for name in names if name.isdigit()}
+        return parts_done(self.target)
 
     def write_part(
         self, part: int, partition: int, rows: Sequence[Row], skipped: Sequence[Mapping[str, str]] = ()
@@ -232,8 +239,11 @@ class SetWriter:
         Raises:
             DataError: A part is of another plan.
         """
+        parts = iter(sorted(self.parts_done()))
         with ThreadPoolExecutor(_READERS, "markers") as pool:
-            for marker in pool.map(self._marker, sorted(self.parts_done())):
+            # not far ahead: they hold the captions of all rows
+            ahead = iter(lambda: list(itertools.islice(parts, 4 * _READERS)), [])
+            for marker in itertools.chain.from_iterable(pool.map(self._marker, some) for some in ahead):
                 if marker["plan"] != self.plan:
                     raise DataError(
                         f"part {marker['part']} was written for another plan",
@@ -280,30 +290,30 @@ class SetWriter:
             self.target.put(f"{folder}/index.json", index)
         stored = conditions.to_bytes()
         self.target.put(CONDITIONS, stored)
-        self.target.put(PROMPTS, files.json_bytes([text for text, _ in conditions.prompts]))
+        prompts = files.json_bytes([text for text, _ in conditions.prompts])
+        self.target.put(PROMPTS, prompts)
         manifest = {
             "format": FORMAT,
             "description": described,
             "groups": groups,
             "num_samples": sum(group["count"] for group in groups),
-            "fingerprint": fingerprint_of(described, indexes, stored),
+            "fingerprint": fingerprint_of(described, [*indexes, stored, prompts]),
             "totals": dict(totals or {}),
         }
         self.target.put(MANIFEST, files.json_bytes(manifest))
 
 
-def fingerprint_of(described: Mapping[str, Any], indexes: Iterable[bytes], conditions: bytes) -> str:
+def fingerprint_of(described: Mapping[str, Any], contents: Iterable[bytes]) -> str:
     """What identifies a set's content.
 
     Args:
         described: Its description, as the manifest holds it.
-        indexes: The content of the index.json of captions, then of each of the latents, in the description's sequence.
-        conditions: Of conditions.safetensors.
+        contents: Of the index.json of captions, then of each of the latents in the description's sequence, and last of
+            conditions.safetensors and prompts.json.
     """
     digest = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16)
-    for index in indexes:
-        digest.update(index)
-    digest.update(conditions)
+    for content in contents:
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -123,7 +123,7 @@ class LlavaCaptioner:
             batch = slice(start, start + self._config.batch_size)
             numbers = range(start, start + len(prompts[batch]))
             try:
-                made += self._answers(pictures[batch], prompts[batch], [_mixed(seed, number) for number in numbers])
+                made += self._answers(pictures[batch], prompts[batch], [_mixed(seed + number) for number in numbers])
             except torch.OutOfMemoryError as cause:
                 raise MachineError(
                     f"the memory of {self._device} does not suffice to describe {len(numbers)} pictures at once",
@@ -210,9 +210,9 @@ def shrunk(picture: npt.NDArray[np.uint8]) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _mixed(seed: int, number: int) -> int:
-    """The seed of one picture."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0])
+def _mixed(seed: int) -> int:
+    """64 bits that have nothing in common with those of the next seed."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
 
 
 def _no_llava(name: str, why: str) -> ConfigError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pixart_ds import files
 from pixart_ds.encoders.captions import Captioner
+from pixart_ds.plan.random import key_of
 from pixart_ds.prepare.encode import PictureReader
 from pixart_ds.prepare.items import Rejected
 
@@ -51,14 +52,17 @@ def caption_parts(
     Args:
         reader: Gives each picture in one size.
         batch_size: Pictures described at once.
-        seed: A part's answers follow from this, its number and its pictures.
+        seed: A picture's answer follows from this, its part's number and its place there.
     """
     for number, pictures, rejected in reader.parts(parts):
         captions: dict[str, str] = {}
+        first = (
+            key_of("captions", seed, number)[0] >> 21 << 20
+        )  # below 2⁶³, as generators want it; a part has fewer rows
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
             images, originals = [each.images[0] for each in batch], [each.item.caption for each in batch]
-            answers = captioner.caption(images, originals, seed * 1_000_003 + number * 4_099 + start)
+            answers = captioner.caption(images, originals, first + start)
             for picture, answer in zip(batch, answers, strict=True):
                 if answer:
                     captions[picture.item.name] = answer

@@ -148,7 +148,9 @@ class CaptionFeatures:
         path = self._folder / f"batch-{batch:06d}.safetensors"
         if not path.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
-            made = self._text.encode(self._plan.repeated_batch(batch))
+            texts = self._plan.repeated_batch(batch)
+            starts = range(0, len(texts), self._batch_size)  # which may be smaller than when the plan was made
+            made = [each for start in starts for each in self._text.encode(texts[start : start + self._batch_size])]
             with suppress(FileExistsError):  # another process had the same thought
                 files.write_new(path, [save({str(number): each for number, each in enumerate(made)})])
         with safe_open(path, "numpy") as stored:

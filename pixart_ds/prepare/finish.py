@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -61,7 +60,6 @@ def finish(config: PrepareConfig, work: Path, plan: Plan) -> None:
     writer = SetWriter(config.output, description, plan=plan.key(config), label="finish")
     conditions = Conditions.of_bytes((work / CONDITIONS).read_bytes(), config.prompts)
     writer.finish(conditions, _write_skipped(config, work, writer))
-    shutil.rmtree(work / "features", ignore_errors=True)  # the rows hold them now
 
 
 def _write_skipped(config: PrepareConfig, work: Path, writer: SetWriter) -> dict[str, Any]:

@@ -12,7 +12,10 @@ WORK/locks/             one file for each share of the work that some process ha
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -28,7 +31,8 @@ from pixart_ds.data.format import MANIFEST
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.data.store import exists, is_remote, open_store
 from pixart_ds.data.target import open_target
-from pixart_ds.errors import DataError
+from pixart_ds.data.writer import parts_done
+from pixart_ds.errors import DataError, MachineError
 from pixart_ds.log import Work, duration
 from pixart_ds.plan.buckets import PAPER_RATIOS
 from pixart_ds.prepare import finish, workers
@@ -36,6 +40,10 @@ from pixart_ds.prepare.caption import CaptionFiles
 from pixart_ds.prepare.parts import Plan, decisions, make_plan, share
 from pixart_ds.prepare.scan import Scan, scan
 from pixart_ds.prepare.sources import open_source
+
+_LEFT_OVER = r"(captions|latents-[^/]+)/part-\d+-[0-9a-f]{16}\.mds$|(.*/)?\.[^/]*\.tmp$"
+"""What a process that was killed before its first part was whole may have left in the output."""
+_MOST_LOOKED_AT = 100_000
 
 Phase = Literal["scan", "caption", "encode", "finish"]
 PHASES: tuple[Phase, ...] = ("scan", "caption", "encode", "finish")
@@ -91,6 +99,8 @@ class Report:
 
     def __str__(self) -> str:
         did = f"{self.parts_written} parts written, {self.parts_kept} kept, in {duration(self.seconds)}"
+        if not self.finished and not self.parts_left:
+            return f"{did}; another process has the end of {self.path} in hand"
         if not self.finished:
             return f"{did}; {self.parts_left} of {self.parts} parts are left to do for {self.path}"
         lines = [f"{self.samples} samples in {self.path}: {did}"]
@@ -179,6 +189,12 @@ def plan_of(config: PrepareConfig, work: Path, processes: int = 1) -> Plan:
     with _in_hand(work, "scan", "list of pictures"):
         if (work / "plan/plan.json").exists():
             return Plan.open(work / "plan")
+        if (note := work / "recipe.json").exists() and files.read_json(note) != decisions(config):
+            raise DataError(
+                "another process has begun this set with another recipe",
+                where=note,
+                remedy="start again to see what differs, or choose another output and work folder",
+            )
         found = _scan(config, work, processes)
         source = open_source(config.source)
         keys = list(found.class_keys)
@@ -255,16 +271,34 @@ def words_of(summary: dict[str, Any]) -> str:
 
 
 def _check_output(config: PrepareConfig, work: Path) -> None:
-    """Raises DataError if the output is a folder with something else in it."""
-    if is_remote(config.output):
+    """Raises DataError if the output holds anything but what a beginning with this work folder may have left there."""
+    if not is_remote(config.output) and not Path(config.output).is_dir():
         return
-    output = Path(config.output)
-    if output.is_dir() and any(output.iterdir()) and not (work / "recipe.json").exists():
+    if parts_done(open_target(config.output)):
+        return  # `_check_parts` looks whose they are
+    begun = (work / "recipe.json").exists()
+    inside = re.escape(os.path.relpath(work.resolve(), Path(config.output).resolve()))
+    ours = re.compile(f"{inside}/|{_LEFT_OVER}" if begun else f"{inside}/locks/")
+    names = itertools.islice(_names_in(config.output), _MOST_LOOKED_AT)
+    if foreign := next((name for name in names if not ours.match(name)), None):
         raise DataError(
-            "the output folder is not empty and holds no set of this recipe that could go on",
-            where=output.resolve(),
+            f"the output is not empty and holds no set of this recipe that could go on, but {foreign}",
+            where=config.output if is_remote(config.output) else Path(config.output).resolve(),
             remedy="choose another output, for example the next version; nothing was changed in this one",
         )
+
+
+def _names_in(output: str) -> Iterator[str]:
+    """The files of an output but for the scratch folders, which come and go."""
+    store = open_store(output)
+    if is_remote(output):
+        yield from (name for name, _ in store.names())
+        return
+    for entry in sorted(os.scandir(output), key=lambda entry: entry.name):
+        if not entry.is_dir(follow_symlinks=False):
+            yield entry.name
+        elif entry.name != ".scratch":
+            yield from (name for name, _ in store.names(f"{entry.name}/"))
 
 
 def _check_recipe(config: PrepareConfig, work: Path) -> None:
@@ -275,9 +309,11 @@ def _check_recipe(config: PrepareConfig, work: Path) -> None:
         return
     if not (work / "plan/plan.json").exists():
         with _in_hand(work, "scan", "list of pictures"):
-            shutil.rmtree(work / "scan", ignore_errors=True)
-            files.write_json(note, about)
-        return
+            if not (work / "plan/plan.json").exists():  # which another process may have made meanwhile
+                shutil.rmtree(work / "scan", ignore_errors=True)
+                files.write_json(note, about)
+                return
+        before = files.read_json(note)
     changed = [f"{key} was {_short(old)} and is {_short(new)}" for key, old, new in _differences(before, about)]
     if changed:
         raise DataError(
@@ -289,12 +325,12 @@ def _check_recipe(config: PrepareConfig, work: Path) -> None:
 
 def _check_parts(config: PrepareConfig, plan: Plan) -> None:
     """Raises DataError if the output holds parts of another plan or recipe; the work folder that knew of them may be gone."""
-    names = open_target(config.output).names("parts")
+    names = [name for name in open_target(config.output).names("parts") if name.endswith(".json")]
     if not names:
         return
     name = f"parts/{names[0]}"
     marker = files.parse_json(open_store(config.output).read(name), Path(name))
-    if marker["plan"] != plan.key(config):
+    if marker.get("plan") != plan.key(config):
         raise DataError(
             "the output holds parts of other pictures or of another recipe",
             where=config.output,
@@ -337,8 +373,7 @@ def _encode(
     config: PrepareConfig, work: Path, plan: Plan, parts: range, processes: int, device: str, label: str
 ) -> int:
     """How many parts were written."""
-    target = open_target(config.output)
-    numbers = {int(name.removeprefix("part-").removesuffix(".json")) for name in target.names("parts")}
+    numbers = parts_done(open_target(config.output))
     todo = [part for part in parts if part not in numbers]
     if not todo:
         return 0
@@ -383,16 +418,23 @@ def _run(
 def _finish(
     config: PrepareConfig, work: Path, plan: Plan, only: Phase | None, written: int, device: str, began: float
 ) -> Report:
-    target = open_target(config.output)
-    done = len(target.names("parts"))
+    done = len(parts_done(open_target(config.output)))
     made: PreparedSet | None = None
     page = ""
     if done == plan.num_parts and only in (None, "finish"):
-        with _in_hand(work, "finish", "end"):
-            if not exists(open_store(config.output), MANIFEST):
-                finish.finish(config, work, plan)
-            made = PreparedSet.open(config.output)
-            page = finish.write_summary(config, made, time.monotonic() - began, device)
+        with ExitStack() as held:
+            try:
+                held.enter_context(_in_hand(work, "finish", "end"))
+            except MachineError:
+                if only == "finish":
+                    raise
+            else:
+                if not exists(open_store(config.output), MANIFEST):
+                    workers.agree(workers.Begin(config, work, device, "encode", 1, "finish"))
+                    finish.finish(config, work, plan)
+                shutil.rmtree(work / "features", ignore_errors=True)  # the rows hold them now
+                made = PreparedSet.open(config.output)
+                page = finish.write_summary(config, made, time.monotonic() - began, device)
     elif only == "finish":
         raise DataError(
             f"{plan.num_parts - done} of {plan.num_parts} parts are not written yet",

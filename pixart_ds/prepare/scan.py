@@ -21,6 +21,7 @@ from pixart_ds import files
 from pixart_ds.config.schema import FilterConfig, PrepareConfig
 from pixart_ds.errors import DataError
 from pixart_ds.prepare.items import Item, Rejected
+from pixart_ds.prepare.parts import is_in
 from pixart_ds.prepare.processes import end_with_parent
 from pixart_ds.prepare.sources import Chunk, Source, open_source
 
@@ -458,13 +459,14 @@ def _check_twice(folder: Path, count: int, source: Source) -> None:
         np.array([xxh3_64_intdigest(name.encode()) for name in names(number)], np.uint64) for number in range(count)
     ]
     found, times = np.unique(np.concatenate(hashes), return_counts=True)
-    suspects = set(found[times > 1].tolist())
-    if not suspects:
+    suspects = found[times > 1]
+    if not len(suspects):
         return
     seen = Counter[str]()
     for number in range(count):
-        if np.isin(hashes[number], list(suspects)).any():
-            seen.update(name for name in names(number) if xxh3_64_intdigest(name.encode()) in suspects)
+        suspected = is_in(suspects, hashes[number])
+        if suspected.any():
+            seen.update(itertools.compress(names(number), suspected.tolist()))
     twice = [name for name, times in seen.items() if times > 1]
     if twice:
         raise DataError(

@@ -8,10 +8,12 @@ import math
 import re
 import tempfile
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,8 @@ from pixart_ds.data.format import (
     part_name,
 )
 from pixart_ds.data.range_file import RangeFile
-from pixart_ds.data.shards import PreparedSet
+from pixart_ds.data.shards import PreparedSet, none_of_ours
 from pixart_ds.data.writer import fingerprint_of, table_schema
-from pixart_ds.errors import DataError
 from pixart_ds.log import duration, si
 from pixart_ds.prepare.verify_rows import (
     SHOWN,
@@ -145,16 +146,15 @@ def _opened(location: str | Path) -> tuple[PreparedSet, dict[str, Any]]:
             raise ValueError("groups must have parts and rows")
         if ((made.partitions < 0) | (made.partitions >= len(about.ratios))).any():
             raise ValueError(f"a group has a partition that is none of {len(about.ratios)} ratios")
+        if min(about.latent_channels, about.downsampling_factor, about.caption_channels, about.max_tokens) < 1:
+            raise ValueError("channels, downsampling_factor and max_tokens must be at least 1")
         for name, info in about.latents.items():
+            if min(side for size in info.sizes for side in size) < 1:
+                raise ValueError(f"latents {name} have no size in {info.sizes}")
             if len(info.sizes) != (1 if info.square else len(about.ratios)):
                 raise ValueError(f"latents {name} have {len(info.sizes)} sizes")
-    except (KeyError, TypeError, AttributeError, ValueError) as cause:
-        words = str(cause).splitlines()
-        raise DataError(
-            f"{MANIFEST} is none that `prepare` writes: {type(cause).__name__}: {' '.join(words[:3])}",
-            where=f"{location}/{MANIFEST}",
-            remedy="restore the file from a copy, or prepare the set again into a new folder",
-        ) from cause
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as cause:
+        raise none_of_ours(location, MANIFEST, cause) from cause
     return made, manifest
 
 
@@ -171,14 +171,13 @@ class _Verification:
         self._plan_counts: Counter[str] = Counter()
         self._truncated: int | None = 0
         self._squares = self._squared_error = 0.0
+        self._left_out = array("Q")
 
     def run(self, threads: int, report: Callable[[int, int], None]) -> None:
         indexes, raws = self._indexes()
-        conditions = self._conditions()
-        if conditions is not None and len(raws) == 1 + len(self.about.latents):
-            self._compare(
-                "fingerprint", fingerprint_of(self.manifest["description"], raws, conditions), self.made.fingerprint
-            )
+        raws += self._conditions()
+        if len(raws) == 1 + len(self.about.latents) + 2:
+            self._compare("fingerprint", fingerprint_of(self.manifest["description"], raws), self.made.fingerprint)
         del raws
         self._compare("num_samples", int(self.counts.sum()), self.manifest.get("num_samples"))
         if (np.diff(self.made.parts) <= 0).any():
@@ -267,21 +266,22 @@ class _Verification:
             samples.append(entry["samples"])
         return index, np.array(samples, np.int64)
 
-    def _conditions(self) -> bytes | None:
-        """Checks what the set holds beside its rows; returns the file's content."""
+    def _conditions(self) -> list[bytes]:
+        """Checks what the set holds beside its rows; returns the content of both files, if they are there."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
         where = f"{self.url}/{CONDITIONS}"
-        texts = self._prompts()
-        raw = self.files.read(CONDITIONS, self.problems)
+        raws = [self.files.read(name, self.problems) for name in (CONDITIONS, PROMPTS)]
+        there = [raw for raw in raws if raw is not None]
+        raw, texts = raws[0], None if raws[1] is None else self._prompts(raws[1])
         if raw is None:
-            return None
+            return there
         try:
             tensors = load(raw)
         except (SafetensorError, ValueError, KeyError, TypeError) as cause:
             self.problems.add("conditions", f"it is no file of tensors: {cause}", where)
-            return raw
+            return there
         prompts = {f"prompt.{number}" for number in range(len(texts or ()))}
         held = {name for name in tensors if name.startswith("prompt.")}
         if texts is not None and held != prompts:
@@ -294,19 +294,15 @@ class _Verification:
             self.problems.add("conditions", f"it holds {odd[0]}, which no set has", where)
         most, channels = self.about.max_tokens, self.about.caption_channels
         for name in ("null", *sorted(held)):
-            there = tensors.get(name)
             rows = most if name == "null" else None
-            if (flaw := _features_flaw(there, rows, most, channels)) is not None:
+            if (flaw := _features_flaw(tensors.get(name), rows, most, channels)) is not None:
                 self.problems.add("conditions", f"{name} {flaw}", where)
         if (flaw := _mask_flaw(tensors.get("null_mask"), most)) is not None:
             self.problems.add("conditions", f"null_mask {flaw}", where)
-        return raw
+        return there
 
-    def _prompts(self) -> list[str] | None:
+    def _prompts(self, raw: bytes) -> list[str] | None:
         where = f"{self.url}/{PROMPTS}"
-        raw = self.files.read(PROMPTS, self.problems)
-        if raw is None:
-            return None
         try:
             texts = json.loads(raw)
         except ValueError as cause:
@@ -362,6 +358,7 @@ class _Verification:
     def _take(self, group: Group, found: Found) -> None:
         self.problems.merge(found.problems)
         self.bytes += found.bytes
+        self._left_out.extend(found.left_out)
         if found.truncated is None or self._truncated is None:
             self._truncated = None
         else:
@@ -391,10 +388,13 @@ class _Verification:
     def _other_markers(self, marked: set[int]) -> None:
         """Parts without a row have markers, too, and every part has one."""
         rows = set(self.made.parts.tolist())
-        for part in sorted(set(range(max(marked | rows))) - marked - rows):
-            self.problems.add(
-                "marker", "the part has none, and others behind it have", f"{self.url}/{marker_name(part)}"
-            )
+        known = sorted(marked | rows)
+        for before, part in pairwise([-1, *known]):
+            for absent in range(before + 1, min(part, before + 1 + SHOWN)):
+                where = f"{self.url}/{marker_name(absent)}"
+                self.problems.add("marker", "the part has none, and others behind it have", where)
+            if part - before - 1 > SHOWN:
+                self.problems.counts["marker"] += part - before - 1 - SHOWN
         for part in sorted(marked - rows):
             where = f"{self.url}/{marker_name(part)}"
             raw = self.files.read(marker_name(part), self.problems)
@@ -402,6 +402,7 @@ class _Verification:
             if marker is None:
                 continue
             self._plan(marker.plan, part)
+            self._left_out.extend(line.hash for line in marker.skipped)
             if marker.count or marker.rows or marker.shards:
                 self.problems.add("marker", f"its part has {marker.count} rows, and is in no index", where)
             elif marker.part != part:
@@ -447,7 +448,7 @@ class _Verification:
         totals = self.manifest.get("totals")
         wanted = isinstance(totals, dict) and "skipped" in totals
         kinds: Counter[str] = Counter()
-        rising = np.sort(names)
+        rising, lines = np.sort(names), array("Q")
         try:
             with io.BufferedReader(RangeFile(self.made.store, SKIPPED), _BUFFER_BYTES) as file:
                 for number, line in enumerate(file, 1):
@@ -460,6 +461,7 @@ class _Verification:
                         )
                         continue
                     kinds[told.kind] += 1
+                    lines.append(told.hash)
                     value = np.uint64(xxhash.xxh3_64_intdigest(told.picture.encode()))
                     place = int(np.searchsorted(rising, value))
                     if place < len(rising) and rising[place] == value:
@@ -469,9 +471,12 @@ class _Verification:
         except StoreError as error:
             if not error.missing:
                 raise
-            if wanted:
+            if wanted or self._left_out:
                 self.problems.add("missing", "the file is not there", where)
             return None
+        absent = ~np.isin(np.array(self._left_out, np.uint64), np.array(lines, np.uint64))
+        if absent.any():
+            self.problems.add("skipped", f"{absent.sum()} lines of markers' `skipped` are not in it", where)
         return dict(sorted(kinds.items()))
 
     def _totals(self, skipped: dict[str, int] | None) -> None:
@@ -479,6 +484,8 @@ class _Verification:
         if not isinstance(totals, dict):
             self._compare("totals", {}, totals)
             return
+        if odd := sorted(totals.keys() - {"skipped", "truncated", "caption_error"}):
+            self.problems.add("manifest", f"totals holds {odd[0]}, which no set has", self._manifest)
         if "skipped" in totals and skipped is not None:
             self._compare("totals.skipped", skipped, totals["skipped"])
         if "truncated" in totals and self._truncated is not None:
@@ -539,6 +546,7 @@ class _Table:
                     return None
                 self._held = batch if self._held is None else pa.concat_tables([self._held, batch])
             taken, self._held = self._held.slice(0, count), self._held.slice(count)
+            taken.validate(full=True)  # texts among it
             return taken
         self._batches, self._held = iter(()), None
         return None

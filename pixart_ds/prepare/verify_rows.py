@@ -26,6 +26,7 @@ from pixart_ds.data.format import (
     CAPTIONS,
     LARGE_COLUMNS,
     LATENT_COLUMNS,
+    MAX_SHARD_BYTES,
     PADDING,
     ROWS,
     SetDescription,
@@ -143,6 +144,11 @@ class Skipped(BaseModel):
     kind: Literal["broken", "filtered", "caption"]
     reason: str
 
+    @property
+    def hash(self) -> int:
+        """Of 64 bits."""
+        return xxhash.xxh3_64_intdigest("\0".join((self.picture, self.kind, self.reason)).encode())
+
 
 class Marker(BaseModel):
     """What says that a part is whole."""
@@ -181,6 +187,7 @@ class Found:
         plan: That its marker names.
         truncated: Captions that were cut, as far as somebody knows.
         squares, squared_error: Of its marker.
+        left_out: Hashes of its lines of pictures that were left out.
         bytes: That were read of its shards.
     """
 
@@ -190,6 +197,7 @@ class Found:
     truncated: int | None = None
     squares: float = 0.0
     squared_error: float = 0.0
+    left_out: list[int] = field(default_factory=list)
     bytes: int = 0
 
 
@@ -289,7 +297,7 @@ def entry_flaw(entry: Any, columns: Mapping[str, str]) -> str | None:
         if entry.get(key) != value:
             return f"{key} is {short(entry.get(key))} instead of {short(value)}"
     raw, samples = entry.get("raw_data"), entry.get("samples")
-    if not isinstance(samples, int) or samples < 1:
+    if not isinstance(samples, int) or not 1 <= samples <= MAX_SHARD_BYTES:
         return f"samples is {short(samples)}"
     if not isinstance(raw, dict) or not isinstance(raw.get("hashes"), dict):
         return f"raw_data is {short(raw)}"
@@ -489,6 +497,7 @@ class GroupChecker:
             marker.caption_squares,
             marker.caption_squared_error,
         )
+        found.left_out = [line.hash for line in marker.skipped]
         for key, there, wanted in (
             ("part", marker.part, group.part),
             ("partition", marker.partition, group.partition),
@@ -526,7 +535,7 @@ class GroupChecker:
         try:
             lines = list(table_lines(marker.model_dump(), group.number, group.first, self._about.latents))
             wanted = pa.Table.from_pylist(lines, schema=table.schema)
-        except (pa.ArrowException, KeyError, TypeError, AttributeError, ValueError) as cause:
+        except (pa.ArrowException, KeyError, TypeError, AttributeError, ValueError, OverflowError) as cause:
             problems.add("marker", f"its lines are none of {ROWS}: {cause!r}", where)
             return
         numbers = {name for line in lines for name in line if name.startswith("number.")}

@@ -80,6 +80,8 @@ def run(begin: Begin, parts: Sequence[int]) -> Iterator[Done]:
     """
     processes = min(begin.processes, len(parts))
     if processes == 1:
+        if begin.processes > 1:
+            _alone(begin.device)  # as in several processes: the number of threads may change the last bit of a feature
         yield from _Worker(begin).write(parts)
         return
     at_once = max(1, min(_MOST_PARTS_AT_ONCE, len(parts) // (4 * processes)))
@@ -117,9 +119,21 @@ def _start(begin: Begin, numbers: Any) -> None:
     device = begin.device
     if device == "cuda":
         device = f"cuda:{number % max(1, torch.cuda.device_count())}"
-    else:
-        torch.set_num_threads(1)
+    _alone(device)
     _worker = _Worker(replace(begin, device=device, label=f"{begin.label}-{number}"))
+
+
+def _alone(device: str) -> None:
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+
+def agree(begin: Begin) -> None:
+    """Writes what all processes have in common, where it is not there: the work folder may have been lost with all parts whole."""
+    if not all((begin.work / name).exists() for name in ("set.json", CONDITIONS)):
+        _Worker(begin).agree()
 
 
 def _write(parts: Sequence[int]) -> list[Done]:
@@ -138,6 +152,12 @@ class _Worker:
     def write(self, parts: Sequence[int]) -> Iterator[Done]:
         """Writes parts; each counts as soon as it is yielded."""
         yield from self._write_captions(parts) if self._begin.phase == "caption" else self._encode(parts)
+
+    def agree(self) -> None:
+        """Notes captioner, set and conditions."""
+        if self._config.captions.captioner != "source":
+            _ = self._captioner
+        _ = self._encoders
 
     # ---- captions --------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -75,9 +79,52 @@ def test_a_row_cut_short_is_refused(tmp_path: Path, name: str) -> None:
     for missing in (3, length + 1):
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - missing)
-        found = f"row 7: {length - 3} bytes instead of {length}" if missing == 3 else "row 7: the file ends before it"
+        found = f"row 7: {length - 3} bytes instead of {length}" if missing == 3 else "the file ends before row 7"
         with pytest.raises(DataError, match=found):
             shard.read(7)
+
+
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+def test_a_disk_that_cannot_read_is_told_with_the_shard(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_set(tmp_path).source("captions", None)
+    shard = source.open(0)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, broken)
+    for number in range(3):
+        with pytest.raises(DataError, match="cannot be read: Input/output error") as caught:
+            shard.read(0) if number == 0 else source.open(number)
+        assert f"part-{0 if number == 0 else number:05d}-" in str(caught.value)
+        assert "look after the disk" in str(caught.value)
+    del caught  # it holds the frames, and they the last shard
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_read_that_stops_in_between_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, _ = opened(tmp_path, "captions")
+    wanted, read = shard.read(2), os.preadv
+
+    def little(descriptor: int, places: Sequence[memoryview], at: int) -> int:
+        return read(descriptor, [memoryview(place).cast("B")[:7] for place in places[:1]], at)
+
+    monkeypatch.setattr(os, "preadv", little)
+    assert shard.read(2) == wanted
+
+
+def test_a_shard_that_is_too_short_for_its_rows_is_refused(tmp_path: Path) -> None:
+    index = tiny_set(tmp_path).index("captions")
+    for size in (0, 2, 6, 30):
+        path = tmp_path / f"{size}.mds"
+        path.write_bytes((b"\x09\0\0\0" + bytes(40))[:size])
+        with pytest.raises(DataError, match="the file ends before"):
+            OpenShard(os.open(path, os.O_RDONLY), index, 0, path)
 
 
 def test_a_row_beyond_the_last_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,54 @@ def test_what_is_said_of_damaged_sets(tmp_path: Path, fault: str) -> None:
         PreparedSet.open(path).rows_for("32-square", SetConfig(path="x"))
     assert words in str(caught.value)
     PreparedSet.open(path).rows_for("48-buckets", SetConfig(path="x"))  # the other latents are whole
+
+
+def change_json(path: Path, change: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def without(key: str) -> Callable[[Any], Any]:
+    return lambda value: {name: each for name, each in value.items() if name != key}
+
+
+def other_columns(value: Any) -> Any:
+    for shard in value["shards"]:
+        shard["column_names"][0] = "padding"
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("manifest.json", without("groups"), "manifest.json is none that `prepare` writes: KeyError: 'groups'"),
+        ("manifest.json", lambda value: [value], "manifest.json is none that `prepare` writes"),
+        ("manifest.json", lambda value: {**value, "description": {}}, "manifest.json is none that `prepare` writes"),
+        ("captions/index.json", without("shards"), "the index is not one of plain MDS shards"),
+        ("captions/index.json", lambda value: [value], "the index is not one of plain MDS shards"),
+        (
+            "captions/index.json",
+            other_columns,
+            "the shards have the columns padding, caption, .* instead of align, caption",
+        ),
+    ],
+)
+def test_small_files_that_are_damaged_are_named(
+    tmp_path: Path, name: str, change: Callable[[Any], Any], words: str
+) -> None:
+    path = Path(tiny_set(tmp_path).path)
+    change_json(path / name, change)
+    with pytest.raises(DataError, match=words) as caught:
+        PreparedSet.open(path).index("captions")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "conditions.safetensors"])
+def test_tables_and_tensors_that_are_cut_short_are_named(tmp_path: Path, name: str) -> None:
+    path = Path(tiny_set(tmp_path).path)
+    os.truncate(path / name, 40)
+    made = PreparedSet.open(path)
+    with pytest.raises(DataError, match=f"{name} is none that `prepare` writes"):
+        made.rows("height") if name == "rows.parquet" else made.null_embeds
 
 
 def test_rows_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def audited(run: Path) -> dict[str, Any]:
 
 def test_a_killed_rank_and_one_that_hangs_cost_a_launch_each_and_nothing_else(data: Path, tmp_path: Path) -> None:
     stage = create(tmp_path / "run", data)
-    process = start(tmp_path / "run", 2, "stage1", "--set", "execution.deadlines.silence=5", retries=3)
+    process = start(tmp_path / "run", 2, "stage1", "--set", "execution.deadlines.silence=10", retries=3)
     wait_for(stage, 1, 32 * 9, process)
     victims = ranks_of(tmp_path / "run")
     os.kill(int(victims[-1]), signal.SIGKILL)

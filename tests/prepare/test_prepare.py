@@ -21,9 +21,9 @@ from pixart_ds.encoders.clean import clean_caption
 from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.encoders.text import T5Encoder
 from pixart_ds.errors import ConfigError, DataError, MachineError
-from pixart_ds.prepare.parts import Plan
+from pixart_ds.prepare.parts import Plan, decisions
 from pixart_ds.prepare.pictures import load_cut
-from pixart_ds.prepare.pipeline import Task, dry_run, prepare, words_of, work_folder
+from pixart_ds.prepare.pipeline import Task, dry_run, plan_of, prepare, words_of, work_folder
 from tests.helpers.disk import small_disk
 
 ENCODERS = Path(__file__).resolve().parents[2] / "pixart_ds/demo/encoders"
@@ -286,6 +286,75 @@ def test_once_more_changes_nothing_and_other_settings_are_refused(source: Path, 
         prepare(config_of(source, tmp_path / "mine"))
 
 
+def test_nothing_that_is_in_an_output_already_is_taken_or_overwritten(
+    made: Path, pictures: Path, tmp_path: Path
+) -> None:
+    work = f"work={tmp_path / 'work'}"
+    prepare(config_of(pictures, tmp_path / "set", work))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/rows.parquet").write_bytes(b"mine")
+    subprocess.run(["cp", "-r", str(made), str(tmp_path / "other")], check=True)
+    subprocess.run(["rm", "-r", str(tmp_path / "other/parts"), str(tmp_path / "other/.work")], check=True)
+    for output in (tmp_path / "mine", tmp_path / "other"):
+        before = content(output)
+        with pytest.raises(DataError, match=r"is not empty and holds no set of this recipe that could go on, but \w+"):
+            prepare(config_of(pictures, output, work))
+        assert content(output) == before
+
+
+def test_a_beginning_that_was_killed_at_once_does_not_bar_the_output(
+    pictures: Path, made: Path, tmp_path: Path
+) -> None:
+    with files.held(tmp_path / "set/.work/locks/scan", "it"):
+        pass
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    left = tmp_path / "set/captions" / next((made / "captions").glob("*.mds")).name
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    prepare(config)
+    assert content(tmp_path / "set") == content(made)
+
+
+def test_of_two_recipes_at_once_one_is_refused(pictures: Path, tmp_path: Path) -> None:
+    config = config_of(pictures, tmp_path / "set")
+    other = config_of(pictures, tmp_path / "set", "rows_per_group=3")
+    work = work_folder(config)
+    work.mkdir(parents=True)
+    files.write_json(work / "recipe.json", decisions(other))  # in the moment before the plan
+    with pytest.raises(DataError, match="another process has begun this set with another recipe"):
+        plan_of(config, work)
+
+
+def test_what_was_lost_of_the_work_when_all_parts_were_whole_is_made_again(
+    pictures: Path, made: Path, tmp_path: Path
+) -> None:
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    prepare(config, only="encode")
+    (tmp_path / "set/parts/readme.txt").write_text("a stranger's")
+    for name in ("set.json", "conditions.safetensors"):
+        (work_folder(config) / name).unlink()
+    prepare(config)
+    (tmp_path / "set/parts/readme.txt").unlink()
+    assert content(tmp_path / "set") == content(made)
+    (work_folder(config) / "features").mkdir()  # killed just before they were removed
+    prepare(config)
+    assert not (work_folder(config) / "features").exists()
+
+
+def test_a_task_leaves_the_end_to_another_that_has_it_in_hand(pictures: Path, tmp_path: Path) -> None:
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    with files.held(work_folder(config) / "locks/finish", "it"):
+        report = prepare(config, task=Task(0, 1))
+        assert (report.finished, report.parts_left) == (False, 0)
+        assert "another process has the end" in str(report)
+        with pytest.raises(MachineError, match="has the end of this set in hand"):
+            prepare(config, only="finish")
+    assert prepare(config, task=Task(0, 1)).finished
+
+
 def test_other_encoders_do_not_go_on_with_a_set(pictures: Path, tmp_path: Path) -> None:
     encoder = tmp_path / "text"
     subprocess.run(["cp", "-r", str(ENCODERS / "text"), str(encoder)], check=True)
@@ -392,6 +461,9 @@ def test_a_model_writes_the_captions(pictures: Path, tmp_path: Path) -> None:
     captions = pq.read_table(tmp_path / "set/rows.parquet")["caption"].to_pylist()
     assert report.samples + report.skipped.get("caption", 0) == 30
     assert all(captions)
+    few = config_of(pictures, tmp_path / "few", *more, "captions.batch_size=3")
+    prepare(few)
+    assert pq.read_table(tmp_path / "few/rows.parquet")["caption"].to_pylist() == captions
     assert "llava" in opened.description.captioner
     assert not set(captions) & {path.read_text().strip() for path in captions_of(pictures)}
 

@@ -150,6 +150,19 @@ def test_two_pictures_cannot_share_a_caption(tmp_path: Path) -> None:
         open_source(SourceConfig(path=str(tmp_path))).chunks()
 
 
+def test_pictures_in_a_row_share_a_caption_only_if_they_differ_in_nothing_but_their_suffix(tmp_path: Path) -> None:
+    names = [f"img.{number:06d}.png" for number in range(300)]
+    for name in names:
+        (tmp_path / name).write_bytes(encoded(4, 5))
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    found = items(SourceConfig(path=str(tmp_path)))
+    assert [(one.name, one.caption) for one in found] == [(name, name) for name in names]
+    for name in ("img.000200.jpg", "img.000100.webp"):
+        (tmp_path / name).write_bytes(encoded(4, 5))
+    with pytest.raises(DataError, match=r"two pictures share one caption: img\.000100\.\*"):
+        open_source(SourceConfig(path=str(tmp_path))).chunks()
+
+
 def test_broken_pictures_are_named_with_the_reason_and_changed_ones_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "words.jpg").write_text("<html>404</html>")
@@ -196,6 +209,31 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path: Path) -> N
     link = tmp_path / "link"
     link.symlink_to(root)  # the root itself may be one
     assert len([one for one in scanned(SourceConfig(path=str(link))) if isinstance(one, Item)]) == 2
+
+
+def test_captions_that_are_links_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a password")
+    root = tmp_path / "pictures"
+    (root / "birds").mkdir(parents=True)
+    for name in ("absolute", "birds/relative", "inside", "nowhere", "twice"):
+        (root / f"{name}.png").write_bytes(encoded(4, 5))
+    (root / "shared.caption").write_text("a bird")
+    (root / "absolute.txt").symlink_to(secret)
+    (root / "birds/relative.txt").symlink_to("../../secret.txt")
+    (root / "inside.txt").symlink_to("shared.caption")
+    (root / "nowhere.txt").symlink_to("../nothing")
+    (root / "twice.txt").symlink_to("absolute.txt")
+    config = SourceConfig(path=str(root))
+    assert [(one.name, one.caption) for one in scanned(config) if isinstance(one, Item)] == [("inside.png", "a bird")]
+    assert refused(config) == {
+        f"{name}.png": f"caption: its caption {name}.txt is not read: "
+        f"it is a link to {tmp_path / 'nothing' if name == 'nowhere' else secret}, outside of {root}"
+        for name in ("absolute", "birds/relative", "nowhere", "twice")
+    }
+    link = tmp_path / "link"
+    link.symlink_to(root)  # the root itself may be one
+    assert [one.name for one in scanned(SourceConfig(path=str(link))) if isinstance(one, Item)] == ["inside.png"]
 
 
 def test_nothing_there_is_said_with_where_and_what_to_do(tmp_path: Path) -> None:

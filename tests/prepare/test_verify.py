@@ -84,8 +84,8 @@ def fingerprint(made: Path) -> None:
     def renew(value: Any) -> None:
         folders = ["captions", *(f"latents-{name}" for name in value["description"]["latents"])]
         raws = [(made / folder / "index.json").read_bytes() for folder in folders]
-        conditions = (made / "conditions.safetensors").read_bytes()
-        value["fingerprint"] = fingerprint_of(value["description"], raws, conditions)
+        raws += [(made / name).read_bytes() for name in ("conditions.safetensors", "prompts.json")]
+        value["fingerprint"] = fingerprint_of(value["description"], raws)
 
     edit(made / "manifest.json", renew)
 
@@ -157,6 +157,19 @@ def damaged_header(made: Path) -> None:
     raw[4:8] = (int.from_bytes(raw[4:8], "little") + 1).to_bytes(4, "little")
     path.write_bytes(raw)
     change_column(made, LATENTS, 1, 3, "part", b"\1")  # makes the hashes right
+
+
+def spoil_letters(made: Path) -> None:
+    table = pq.read_table(made / "rows.parquet")
+    captions = [b"\xb1bad", *(text.encode() for text in table["caption"].to_pylist()[1:])]
+    place = table.column_names.index("caption")
+    column = pa.array(captions, pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(place, table.schema.field("caption"), column), made / "rows.parquet")
+
+
+def large_height(made: Path) -> None:
+    rows = json.loads((made / "parts/part-00001.json").read_text())["rows"]
+    marker(made, rows=[{**row, "height": 10**20} for row in rows])
 
 
 def padded(made: Path, folder: str, shard: int) -> int:
@@ -240,6 +253,30 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     ),
     "a large column out of line": (
         out_of_line, "padding", "bytes of padding put latents at byte", f"{LATENTS}/part-00001",
+    ),
+    "letters of the table that are none": (
+        spoil_letters, "table", "Invalid UTF8", "rows.parquet",
+    ),
+    "a marker of numbers beyond all measure": (
+        large_height, "marker", "its lines are none of rows.parquet", "parts/part-00001.json",
+    ),
+    "an index beyond all measure": (
+        lambda m: edit(m / "captions/index.json", lambda v: v["shards"][1].update(samples=10**20)),
+        "index", "samples is 1000000", "captions/index.json",
+    ),
+    "a marker far behind": (
+        lambda m: shutil.copy(m / "parts/part-00001.json", m / "parts/part-300000000.json"),
+        "marker", "the part has none", "parts/part-00006.json",
+    ),
+    "another prompt": (
+        lambda m: write(m / "prompts.json", '["a dog"]'), "manifest", "fingerprint is", "manifest.json",
+    ),
+    "a total that none has": (
+        lambda m: manifest(m, totals={"scipped": {}}), "manifest", "totals holds scipped", "manifest.json",
+    ),
+    "a picture left out of the list": (
+        lambda m: marker(m, skipped=[{"picture": "gone.png", "kind": "broken", "reason": "it is empty"}]),
+        "skipped", "1 lines of markers", "skipped.jsonl",
     ),
     "a broken header": (
         damaged_header, "damaged", "right hash, but", f"{LATENTS}/part-00001",

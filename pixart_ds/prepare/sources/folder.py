@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -96,8 +97,8 @@ class FolderSource:
         return posixpath.splitext(name)[0] + self.config.caption_suffix
 
     def _check_doubles(self, names: list[str]) -> None:
-        stems = [posixpath.splitext(name)[0] for name in names]
-        double = next((stem for stem in stems if stems.count(stem) > 1), None) if len(stems) > 1 else None
+        stems = Counter(posixpath.splitext(name)[0] for name in names)
+        double = next((stem for stem, times in stems.items() if times > 1), None)
         if double is not None:
             raise DataError(
                 f"two pictures share one caption: {double}.*",
@@ -120,12 +121,17 @@ class FolderSource:
             return Rejected(name, "broken", str(error))
         try:
             caption = self._caption(name) if has_caption else None
+        except BrokenPicture as error:
+            return Rejected(name, "caption", f"its caption {self._caption_name(name)} is not read: {error}")
         except UnicodeDecodeError as error:
             return Rejected(name, "caption", f"its caption is not UTF-8: {error}")
         return Item(name, Place(name, 0, length), height, width, caption, self._class_key(name))
 
     def _caption(self, name: str) -> str | None:
-        return tidy(self.pictures.store.read(self._caption_name(name)).decode("utf-8-sig"))
+        path = self._caption_name(name)
+        if self.pictures.is_link(path):  # else the text of any file would end up in the set
+            self.pictures.check_links(path)
+        return tidy(self.pictures.store.read(path).decode("utf-8-sig"))
 
     def _class_key(self, name: str) -> str:
         folder = posixpath.basename(posixpath.dirname(name))
