@@ -11,16 +11,15 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from pixart_ds import files
-from pixart_ds.data.format import ALIGNMENT, PADDING
+from pixart_ds.data.format import ALIGNMENT, LARGE_COLUMNS
 from pixart_ds.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
@@ -90,6 +89,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def large(self) -> int:
+        """The number of the column that nearly all bytes are in."""
+        return next(place for place, name in enumerate(self.columns) if name in LARGE_COLUMNS)
+
 
 def damage(descriptor: int, index: ShardIndex, number: int) -> str | None:
     """What is wrong with a shard's file, by size and hash; None if it is whole. Reading it warms the page cache."""
@@ -113,6 +117,25 @@ def _unreadable(what: str, where: object, cause: OSError) -> DataError:
     )
 
 
+class Extent(NamedTuple):
+    """Where a sample lies.
+
+    Attributes:
+        row: Of the shard.
+        begin, end: In the file.
+        before: Bytes in front of its large column: the head, and other columns.
+        size: Bytes of the large column.
+        varying: Bytes of all columns whose size varies, as the head says them.
+    """
+
+    row: int
+    begin: int
+    end: int
+    before: int
+    size: int
+    varying: tuple[int, ...]
+
+
 class OpenShard:
     """A whole shard, open for reading; closed when nobody holds it any more.
 
@@ -124,10 +147,11 @@ class OpenShard:
 
     def __init__(self, descriptor: int, index: ShardIndex, number: int, name: object) -> None:
         self._descriptor, self._index, self.name = descriptor, index, name
-        self._places = [place for place, size in enumerate(index.column_sizes) if size is None]
-        self._varying = [index.columns[place] for place in self._places]
-        self._heads = struct.Struct(f"<{len(self._varying)}I")
-        self._least = self._heads.size + sum(size or 0 for size in index.column_sizes)
+        sizes, large = index.column_sizes, index.large
+        self._heads = struct.Struct(f"<{sizes.count(None)}I")
+        self._least = self._heads.size + sum(size or 0 for size in sizes)
+        self._front = self._heads.size + sum(size or 0 for size in sizes[:large])
+        self._large = sizes[:large].count(None)
         (count,) = struct.unpack("<I", self._pread(4, 0, "its count"))
         self._offsets = np.frombuffer(self._pread(4 * (count + 1), 4, "the places of its rows"), "<u4").tolist()
 
@@ -137,23 +161,21 @@ class OpenShard:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def sizes(self, row: int, **known: int) -> list[int]:
-        """Bytes of each column of a sample. Without a read where all that vary are `known` but the padding: that follows from the
-        sample's length.
+    def extent(self, row: int, size: int | None = None) -> Extent:
+        """Where a sample lies. Without a read if the large column has the `size` that is given, and beside it only the padding
+        varies: that follows from the sample's length.
 
         Raises:
             DataError: There is no such row, or it cannot be read.
         """
-        begin, end = self._ends(row)
-        padding = end - begin - self._least - sum(known.values())
-        if len(known) == len(self._varying) - 1 and 0 <= padding < ALIGNMENT:
-            known[PADDING] = padding
-            varying = tuple(known[name] for name in self._varying)
-        else:
-            varying = self._heads.unpack(self._pread(self._heads.size, begin, f"row {row}"))
-            self._check(row, varying)
-        rest = iter(varying)
-        return [next(rest) if size is None else size for size in self._index.column_sizes]
+        if not 0 <= row < len(self._offsets) - 1:
+            raise DataError(f"there is no row {row} among {len(self)}", where=self.name)
+        begin, end = self._offsets[row], self._offsets[row + 1]
+        if size is not None and self._large == 1 and 0 <= (padding := end - begin - self._least - size) < ALIGNMENT:
+            return Extent(row, begin, end, self._front + padding, size, (padding, size))
+        varying = self._heads.unpack(self._pread(self._heads.size, begin, f"row {row}"))
+        self._check(row, begin, end, varying)
+        return Extent(row, begin, end, self._front + sum(varying[: self._large]), varying[self._large], varying)
 
     def _pread(self, count: int, at: int, what: str) -> bytes:
         try:
@@ -164,14 +186,8 @@ class OpenShard:
             raise DataError(f"the file ends before {what}", where=self.name, remedy=PREPARE_AGAIN)
         return content
 
-    def _ends(self, row: int) -> tuple[int, int]:
-        if not 0 <= row < len(self):
-            raise DataError(f"there is no row {row} among {len(self)}", where=self.name)
-        return self._offsets[row], self._offsets[row + 1]
-
-    def _check(self, row: int, varying: Sequence[int]) -> None:
+    def _check(self, row: int, begin: int, end: int, varying: Sequence[int]) -> None:
         """Raises DataError unless the columns' sizes are together what the sample has."""
-        begin, end = self._ends(row)
         if self._least + sum(varying) != end - begin:
             raise DataError(
                 f"row {row} has {end - begin} bytes, its columns {self._least + sum(varying)}",
@@ -179,28 +195,26 @@ class OpenShard:
                 remedy=PREPARE_AGAIN,
             )
 
-    def read_into(self, row: int, sizes: Sequence[int], column: int, place: Any) -> bytearray:
-        """Reads a sample in one go: a column into a place of its size, and all around it.
+    def read_into(self, extent: Extent, place: Any) -> bytearray:
+        """Reads a sample in one go: its large column into a place, and all around it.
 
         Args:
-            row: Which sample.
-            sizes: Of its columns, from `sizes`.
-            column: The number of the column that has a place.
-            place: Memory of its size, whose bytes lie one behind the other; None leaves the column and what is before it unread.
+            extent: Which sample.
+            place: Memory of the large column's size, whose bytes lie one behind the other; None leaves it and what is before it
+                unread.
 
         Returns:
-            The sample without that column: its head, which was compared with `sizes`, and the other columns; zeros for what was
-            not read.
+            The sample without its large column: the head, which was compared with the extent, and the other columns; zeros for
+            what was not read.
 
         Raises:
             DataError: It cannot be read, or its columns have other sizes.
         """
-        begin, end = self._ends(row)
-        before = self._heads.size + sum(sizes[:column])
-        around = bytearray(end - begin - sizes[column])
+        row, begin, end, before, size, varying = extent
+        around = bytearray(end - begin - size)
         view = memoryview(around)
         if place is None:
-            at = begin + before + sizes[column]
+            at = begin + before + size
             view[before:] = self._pread(end - at, at, f"row {row}")
             return around
         try:
@@ -211,11 +225,10 @@ class OpenShard:
             raise _unreadable(f"row {row}", self.name, cause) from cause
         if count != end - begin:
             raise DataError(f"row {row}: {count} bytes instead of {end - begin}", where=self.name, remedy=PREPARE_AGAIN)
-        there, planned = self._heads.unpack_from(around), tuple([sizes[column] for column in self._places])
-        if there != planned:
-            self._check(row, there)
+        if (there := self._heads.unpack_from(around)) != varying:
+            self._check(row, begin, end, there)
             raise DataError(
-                f"row {row} has columns of {there} bytes instead of {planned}", where=self.name, remedy=PREPARE_AGAIN
+                f"row {row} has columns of {there} bytes instead of {varying}", where=self.name, remedy=PREPARE_AGAIN
             )
         return around
 
@@ -230,12 +243,17 @@ class OpenShard:
 
     def read(self, row: int) -> dict[str, bytearray]:
         """The columns of one sample, by name."""
-        sizes = self.sizes(row)
-        first = bytearray(sizes[0])
-        rest = self.read_into(row, sizes, 0, first)
-        ends = list(accumulate(sizes[1:], initial=self._heads.size))
-        others = [rest[start:end] for start, end in pairwise(ends)]
-        return dict(zip(self._index.columns, [first, *others], strict=True))
+        extent = self.extent(row)
+        large = bytearray(extent.size)
+        around, at = self.read_into(extent, large), self._heads.size
+        columns, varying = {}, iter(extent.varying)
+        for place, (name, given) in enumerate(zip(self._index.columns, self._index.column_sizes, strict=True)):
+            size = next(varying) if given is None else given
+            if place == self._index.large:
+                columns[name] = large
+            else:
+                columns[name], at = around[at : at + size], at + size
+        return columns
 
 
 class ShardSource(Protocol):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from pixart_ds.data.codecs import CODECS
-from pixart_ds.data.mds import OpenShard, ShardIndex
+from pixart_ds.data.mds import Extent, OpenShard, ShardIndex
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.diffusion.noise import draw_all
 from pixart_ds.errors import DataError
@@ -107,35 +107,33 @@ class _Rows:
 
     Attributes:
         index: Of their shards.
-        large: The number of the column that is read into memory of the micro-batch.
         sets: Which set.
         shards: Which shard.
         rows: Which row of it.
         parts: The part that this row group is.
-        sizes: Bytes of the row's columns.
+        extents: Where in the shard's file.
     """
 
     index: ShardIndex
-    large: int
     sets: list[int]
     shards: list[OpenShard]
     rows: list[int]
     parts: list[int]
-    sizes: list[list[int]]
+    extents: list[Extent]
 
     def numbers(self, column: str, around: Sequence[bytearray]) -> list[int]:
-        """A column of one integer that stands behind the large one, of what `read` gave."""
-        at = self.index.columns.index(column)
-        head = 4 * self.index.column_sizes.count(None)
+        """A column of one integer, of what `read` gave; between it and the large column none varies."""
+        between = self.index.column_sizes[self.index.large + 1 : self.index.columns.index(column)]
+        more = sum(size or 0 for size in between)
         return [
-            _INTEGER.unpack_from(each, head + sum(sizes[:at]) - sizes[self.large])[0]
-            for each, sizes in zip(around, self.sizes, strict=True)
+            _INTEGER.unpack_from(each, extent.before + more)[0]
+            for each, extent in zip(around, self.extents, strict=True)
         ]
 
     @property
     def large_sizes(self) -> list[int]:
         """Bytes of the large column in each row."""
-        return [sizes[self.large] for sizes in self.sizes]
+        return [extent.size for extent in self.extents]
 
     def read(self, places: Iterable[Any]) -> tuple[list[bytearray], dict[str, npt.NDArray[np.uint8]]]:
         """Reads the rows, their large columns into these places.
@@ -147,8 +145,8 @@ class _Rows:
             DataError: A row cannot be read, or is another one than planned.
         """
         around = [
-            shard.read_into(row, sizes, self.large, place)
-            for shard, row, sizes, place in zip(self.shards, self.rows, self.sizes, places, strict=True)
+            shard.read_into(extent, place)
+            for shard, extent, place in zip(self.shards, self.extents, places, strict=True)
         ]
         last = max(place for place, size in enumerate(self.index.column_sizes) if size is None) + 1
         ends = list(accumulate(size or 0 for size in self.index.column_sizes[last:]))
@@ -219,8 +217,8 @@ class Reader:
         info, bucket = about.latents[self.latents], int(plan.bucket[0])
         size = info.sizes[0 if info.square else bucket]
         count, shape = len(plan), (about.latent_channels, *size)
-        texts = self._rows(plan, "captions", "caption_embeds", shards)
-        images = self._rows(plan, self.latents, "latents", shards, latents=math.prod(shape) * 2 * 2)
+        texts = self._rows(plan, "captions", shards)
+        images = self._rows(plan, self.latents, shards, size=math.prod(shape) * 2 * 2)
         tokens = self._tokens(texts)
         lengths = tuple(max(1, each) for each in tokens) if self.captions else ()
         captions, moments, latents, noise = buffer.take(
@@ -236,7 +234,10 @@ class Reader:
         np.stack([each.latent_noise for each in draws], out=latents.numpy())
         np.stack([each.noise for each in draws], out=noise.numpy())
         mean, std = moments.chunk(2, 1)  # fp16, computed in fp32 beside the latents, without a copy of all
-        latents.mul_(std).add_(mean).sub_(about.shift_factor).mul_(about.scaling_factor)
+        latents.mul_(std).add_(mean)
+        if about.shift_factor:
+            latents.sub_(about.shift_factor)
+        latents.mul_(about.scaling_factor)
         digests = (sample_digest(i, v, d.timestep, d.noise_key) for i, v, d in zip(ids, visits, draws, strict=True))
         return MicroBatch(
             sample_ids=np.array(ids, np.int64),
@@ -257,14 +258,13 @@ class Reader:
         """The micro-batch with caption features in fp16, made on the device where it is: what is copied there is what is stored."""
         return replace(batch, caption_embeds=self._codec.decode(batch.caption_embeds, self._channels))
 
-    def _rows(self, plan: StepPlan, name: str, large: str, shards: Mapping[ShardKey, OpenShard], **known: int) -> _Rows:
-        """Where the plan's samples lie, and the sizes of their columns, of which some may be known."""
+    def _rows(self, plan: StepPlan, name: str, shards: Mapping[ShardKey, OpenShard], size: int | None = None) -> _Rows:
+        """Where the plan's samples lie, if their large columns have that size, or whatever they have."""
         sets, groups, rows = plan.set_index.tolist(), plan.group.tolist(), plan.row.tolist()
         mine = [shards[number, name, group] for number, group in zip(sets, groups, strict=True)]
         parts = [self._parts[number][group] for number, group in zip(sets, groups, strict=True)]
-        sizes = [shard.sizes(row, **known) for shard, row in zip(mine, rows, strict=True)]
-        index = self.sets[0].index(name)
-        return _Rows(index, index.columns.index(large), sets, mine, rows, parts, sizes)
+        extents = [shard.extent(row, size) for shard, row in zip(mine, rows, strict=True)]
+        return _Rows(self.sets[0].index(name), sets, mine, rows, parts, extents)
 
     def _tokens(self, texts: _Rows) -> list[int]:
         """How long each caption is."""

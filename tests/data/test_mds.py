@@ -50,32 +50,40 @@ LATENTS_BYTES = 8 * 6 * 6 * 2
 
 def test_a_row_of_latents_is_read_without_its_head_first(tmp_path: Path) -> None:
     shard, path = opened(tmp_path, "48-buckets")
-    sizes = shard.sizes(3)
+    extent = shard.extent(3)
     overwrite(path, begin_of(path, 3), b"????")
-    assert shard.sizes(3, latents=LATENTS_BYTES) == sizes == [sizes[0], 16, LATENTS_BYTES, 8, 8, 8, 12]
+    assert shard.extent(3, LATENTS_BYTES) == extent
+    assert extent.varying == (extent.before - 8 - 16, LATENTS_BYTES)  # behind the head and the crop
     with pytest.raises(DataError, match=r"row 3 has \d+ bytes, its columns \d+"):
-        shard.read_into(3, sizes, 2, bytearray(LATENTS_BYTES))
+        shard.read_into(extent, bytearray(LATENTS_BYTES))
 
 
 @pytest.mark.parametrize("wrong", [LATENTS_BYTES - 64, LATENTS_BYTES + 64])
 def test_latents_of_another_size_than_expected_are_told_from_padding(tmp_path: Path, wrong: int) -> None:
     shard, _ = opened(tmp_path, "48-buckets")
-    assert shard.sizes(3, latents=wrong) == shard.sizes(3)
+    assert shard.extent(3, wrong) == shard.extent(3)
 
 
 def test_columns_of_other_sizes_with_the_same_sum_are_refused(tmp_path: Path) -> None:
     shard, path = opened(tmp_path, "48-buckets")
-    sizes = shard.sizes(3)
-    overwrite(path, begin_of(path, 3), struct.pack("<II", sizes[0] + 8, sizes[2] - 8))
+    extent = shard.extent(3)
+    overwrite(path, begin_of(path, 3), struct.pack("<II", extent.varying[0] + 8, LATENTS_BYTES - 8))
     with pytest.raises(DataError, match="row 3 has columns of .* bytes instead of"):
-        shard.read_into(3, sizes, 2, bytearray(LATENTS_BYTES))
+        shard.read_into(extent, bytearray(LATENTS_BYTES))
+
+
+def test_what_is_behind_the_large_column_is_read_alone(tmp_path: Path) -> None:
+    shard, _ = opened(tmp_path, "captions")
+    extent = shard.extent(3)
+    whole = shard.read_into(extent, bytearray(extent.size))
+    assert shard.read_into(extent, None)[extent.before :] == whole[extent.before :]
 
 
 @pytest.mark.parametrize("name", ["captions", "48-buckets"])
 def test_a_row_cut_short_is_refused(tmp_path: Path, name: str) -> None:
     shard, path = opened(tmp_path, name)
-    sizes = shard.sizes(7)
-    length = 4 * (4 if name == "captions" else 2) + sum(sizes)
+    extent = shard.extent(7)
+    length = extent.end - extent.begin
     for missing in (3, length + 1):
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - missing)
@@ -131,4 +139,4 @@ def test_a_row_beyond_the_last_is_refused(tmp_path: Path) -> None:
     shard, _ = opened(tmp_path, "captions")
     for row in (-1, 8):
         with pytest.raises(DataError, match=f"there is no row {row} among 8"):
-            shard.sizes(row)
+            shard.extent(row)
