@@ -44,6 +44,7 @@ from pixart_ds.prepare.sources import open_source
 _LEFT_OVER = r"(captions|latents-[^/]+)/part-\d+-[0-9a-f]{16}\.mds$|(.*/)?\.[^/]*\.tmp$"
 """What a process that was killed before its first part was whole may have left in the output."""
 _MOST_LOOKED_AT = 100_000
+"""Names in an output without a part: more of them are shards without a marker."""
 
 Phase = Literal["scan", "caption", "encode", "finish"]
 PHASES: tuple[Phase, ...] = ("scan", "caption", "encode", "finish")
