@@ -70,7 +70,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds, one pass of each loader")
     parser.add_argument("--workers", type=int, action="append", help="the peer's (default 0, 1 and 2)")
     parser.add_argument(
