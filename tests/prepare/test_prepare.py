@@ -389,6 +389,19 @@ def test_two_processes_make_the_same_set(pictures: Path, made: Path, tmp_path: P
     assert content(tmp_path / "set") == content(made)
 
 
+def test_one_part_alone_is_encoded_as_it_was_among_many(pictures: Path, tmp_path: Path) -> None:
+    """On cores that torch may use all: another number of threads changes last bits."""
+    sets = [word for each in overrides(pictures, tmp_path / "set") for word in ("--set", each)]
+    command = [sys.executable, "-m", "pixart_ds", "prepare", "smoke/prepare", "--processes", "2", *sets]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run(command, cwd=ENCODERS.parents[2], env=environment, check=True)
+    wanted = content(tmp_path / "set")
+    for path in (*(tmp_path / "set").rglob("part-00001*"), tmp_path / "set/manifest.json"):
+        path.unlink()
+    subprocess.run(command, cwd=ENCODERS.parents[2], env=environment, check=True)
+    assert content(tmp_path / "set") == wanted
+
+
 def test_a_share_that_another_process_has_in_hand_is_refused(pictures: Path, tmp_path: Path) -> None:
     config = config_of(pictures, tmp_path / "set")
     prepare(config, only="scan")
