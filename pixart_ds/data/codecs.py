@@ -132,14 +132,3 @@ def _scales(peaks: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
 
 
 CODECS: Mapping[str, Codec] = {"fp16": Fp16(), "int8": Int8()}
-
-
-def relative_error(features: npt.NDArray[np.float16], codec: str) -> float:
-    """‖stored − features‖ / ‖features‖ over all of (L, D); 0 where there is nothing but zeros."""
-    wanted = features.astype(np.float32)
-    size = float(np.linalg.norm(wanted))
-    if not size:
-        return 0.0
-    kind = CODECS[codec]
-    stored = kind.decode(torch.from_numpy(kind.encode(features)), features.shape[1]).numpy()
-    return float(np.linalg.norm(stored.astype(np.float32) - wanted)) / size

@@ -7,11 +7,22 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pixart_ds.data.codecs import CODECS, relative_error
+from pixart_ds.data.codecs import CODECS
 from pixart_ds.errors import ConfigError, DataError
 
 INT8 = CODECS["int8"]
 Features = npt.NDArray[np.float16]
+
+
+def relative_error(features: npt.NDArray[np.float16], codec: str) -> float:
+    """‖stored − features‖ / ‖features‖ over all of (L, D); 0 where there is nothing but zeros."""
+    wanted = features.astype(np.float32)
+    size = float(np.linalg.norm(wanted))
+    if not size:
+        return 0.0
+    kind = CODECS[codec]
+    stored = kind.decode(torch.from_numpy(kind.encode(features)), features.shape[1]).numpy()
+    return float(np.linalg.norm(stored.astype(np.float32) - wanted)) / size
 
 
 def decoded(features: Features, codec: str = "int8") -> Features:
