@@ -114,20 +114,21 @@ def write_new(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> N
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
+def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Holds a file's lock, which the kernel frees with this process, whatever becomes of it. The file stays.
 
     Args:
         path: Of the lock's file; it says who holds it.
         what: For the error, for example `the plan of this set`.
+        wait: Until another process that holds it is done.
 
     Raises:
-        MachineError: Another process holds it.
+        MachineError: Another process holds it, and this one does not wait.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as cause:
             file.seek(0)
             raise MachineError(

@@ -165,7 +165,7 @@ class Fault:
         number: From 1.
         kind: Of KINDS.
         step: It is due when this step has been trained …
-        after_s: … and this many seconds have passed; if `at_once`, since the fault before it, whatever the step.
+        after_s: … and this many seconds have passed. If `at_once`: so long after the fault before it, if that is earlier.
         at_once: It meets the recovery from the fault before it.
         whom: In [0, 1): which rank, file, byte.
         seconds: How long a store is away.
@@ -180,7 +180,11 @@ class Fault:
     seconds: float
 
     def __str__(self) -> str:
-        when = f"{self.after_s:.1f} s later" if self.at_once else f"at step {self.step} + {self.after_s:.1f} s"
+        when = (
+            f"{self.after_s:.1f} s later, or at step {self.step}"
+            if self.at_once
+            else f"at step {self.step} + {self.after_s:.1f} s"
+        )
         return f"fault {self.number} {self.kind} ({when})"
 
 
@@ -631,14 +635,15 @@ class Chaos:
 
     def _is_due(self, fault: Fault) -> bool:
         last = self.struck[-1] if self.struck else None
-        if fault.at_once:
-            return last is not None and time.monotonic() - last.at > fault.after_s
+        if fault.at_once and last is not None and time.monotonic() - last.at > fault.after_s:
+            return True
         if last is not None and last.recovered_s is None:
             return False
         row = next((row for each in reversed(self.stage.all_attempts()) if (row := _last_row(each.metrics))), None)
         if row is None or row["step"] < fault.step:
             return False
-        time.sleep(fault.after_s)
+        if not fault.at_once:
+            time.sleep(fault.after_s)
         return True
 
     def _strike(self, fault: Fault) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -25,8 +26,10 @@ class CaptionFiles:
     def _path(self, part: int) -> Path:
         return self.folder / f"part-{part:05d}.json"
 
-    def done(self, part: int) -> bool:
-        return self._path(part).exists()
+    def missing(self, parts: Iterable[int]) -> list[int]:
+        """Those of the parts whose captions are not written yet."""
+        names = set(os.listdir(self.folder)) if self.folder.exists() else set()
+        return [part for part in parts if self._path(part).name not in names]
 
     def read(self, part: int) -> tuple[dict[str, str], list[Rejected]]:
         """The captions of a part by picture, and the pictures that have none."""
@@ -46,8 +49,8 @@ def caption_parts(
     files_of: CaptionFiles,
     batch_size: int,
     seed: int,
-) -> Iterator[tuple[int, int]]:
-    """Describes the pictures of parts; yields each part's number and how many pictures it had.
+) -> Iterator[int]:
+    """Describes the pictures of parts; yields each part's number once its captions are written.
 
     Args:
         reader: Gives each picture in one size.
@@ -69,4 +72,4 @@ def caption_parts(
                 else:
                     rejected.append(Rejected(picture.item.name, "caption", "the model wrote nothing"))
         files_of.write(number, captions, rejected)
-        yield number, len(pictures) + len(rejected)
+        yield number

@@ -21,6 +21,7 @@ from pixart_ds.plan.buckets import Cut
 from pixart_ds.prepare.items import BrokenPicture, Item, Rejected
 from pixart_ds.prepare.parts import Plan
 from pixart_ds.prepare.pictures import load_cut
+from pixart_ds.prepare.repeated import RepeatedCaptions
 from pixart_ds.prepare.sources import Source
 
 Features = npt.NDArray[np.float16]
@@ -111,22 +112,22 @@ class PictureReader:
 
 
 class CaptionFeatures:
-    """Features of captions. They follow from the part and the plan alone, not from what was encoded before: a batch's padding can
-    change the last bit of a feature.
+    """Features of captions. They follow from the part and from the captions that several pictures share, not from what was encoded
+    before: a batch's padding can change the last bit of a feature.
 
     Args:
         text: The encoder.
-        plan: Knows the captions that several pictures share.
+        repeated: The captions that several pictures share.
         batch_size: Captions encoded at once.
         folder: Where features of those are kept, for all processes.
     """
 
-    def __init__(self, text: TextEncoder, plan: Plan, batch_size: int, folder: Path) -> None:
-        self._text, self._plan, self._batch_size, self._folder = text, plan, batch_size, folder
+    def __init__(self, text: TextEncoder, repeated: RepeatedCaptions, batch_size: int, folder: Path) -> None:
+        self._text, self._repeated, self._batch_size, self._folder = text, repeated, batch_size, folder
 
     def of(self, captions: Sequence[str]) -> tuple[list[Features], list[bool]]:
         """For each caption its features (L, D), and whether it had more tokens than these."""
-        places = {text: self._plan.repeated.get(text) for text in dict.fromkeys(captions)}
+        places = {text: self._repeated.places.get(text) for text in dict.fromkeys(captions)}
         own = [text for text, place in places.items() if place is None]
         lengths = dict(zip(own, self._text.num_tokens(own), strict=True)) if own else {}
         made: dict[str, Features] = {}
@@ -136,7 +137,7 @@ class CaptionFeatures:
             made.update(zip(batch, self._text.encode(batch), strict=True))
         shared = [text for text, place in places.items() if place is not None]
         for text in shared:
-            made[text] = self._kept(*self._plan.repeated[text])
+            made[text] = self._kept(*self._repeated.places[text])
         lengths.update(zip(shared, self._text.num_tokens(shared), strict=True) if shared else ())
         return [made[text] for text in captions], [lengths[text] > self._text.max_tokens for text in captions]
 
@@ -148,8 +149,8 @@ class CaptionFeatures:
         path = self._folder / f"batch-{batch:06d}.safetensors"
         if not path.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
-            texts = self._plan.repeated_batch(batch)
-            starts = range(0, len(texts), self._batch_size)  # which may be smaller than when the plan was made
+            texts = self._repeated.batch(batch)
+            starts = range(0, len(texts), self._batch_size)  # which may be smaller than when they were listed
             made = [each for start in starts for each in self._text.encode(texts[start : start + self._batch_size])]
             with suppress(FileExistsError):  # another process had the same thought
                 files.write_new(path, [save({str(number): each for number, each in enumerate(made)})])

@@ -1,7 +1,6 @@
 """Which pictures make which part: fixed once, before any of them is decoded, in files that hold millions of rows.
 
 plan/rows-00000.parquet     rows by part, a row group for each part
-plan/repeated.parquet       captions that several pictures share, a row group for each batch that encodes them
 plan/plan.json              counts, partitions of the parts, classes, fingerprint
 """
 
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from pixart_ds import files
 from pixart_ds.config.load import fingerprint
@@ -81,25 +79,16 @@ class Plan:
         numbers = [name for name in table.column_names if name.startswith("number.")]
         return [_item(row, numbers) for row in table.to_pylist()]
 
+    def captions(self, part: int) -> list[str]:
+        """What the source says of the pictures of one part, as far as it says something."""
+        file = _rows_file(self.folder / _rows_name(part // PARTS_PER_FILE))
+        column = file.read_row_group(part % PARTS_PER_FILE, columns=["caption"])["caption"]
+        return [caption for caption in column.to_pylist() if caption is not None]
+
     @cached_property
     def labels(self) -> dict[str, int]:
         """The number of each class, by its key."""
         return {key: number for number, key in enumerate(self.about["class_keys"])}
-
-    @cached_property
-    def repeated(self) -> dict[str, tuple[int, ...]]:
-        """For captions that several pictures share: the batch that encodes each, and its place in that."""
-        batches = _repeated_file(self.folder)
-        return {
-            text: (batch, place)
-            for batch in range(batches.num_row_groups)
-            for place, text in enumerate(self.repeated_batch(batch))
-        }
-
-    def repeated_batch(self, batch: int) -> list[str]:
-        """Captions that are encoded together, so that each one's features are the same wherever it stands."""
-        captions: list[str] = _repeated_file(self.folder).read_row_group(batch)["caption"].to_pylist()
-        return captions
 
 
 _FREE = {"output", "work", "batch_size", "batch_pixels"}
@@ -118,10 +107,6 @@ def _rows_file(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(path)
-
-
-def _repeated_file(folder: Path) -> Any:
-    return _rows_file(folder / "repeated.parquet")
 
 
 def _rows_name(number: int) -> str:
@@ -148,7 +133,6 @@ def make_plan(
     rows_per_group: int,
     seed: int,
     random_access: bool,
-    repeated_batch: int,
     about: dict[str, Any],
 ) -> Plan:
     """Assigns every picture to a part and writes the plan; it is there whole, or not at all. Only one process may do it at a time.
@@ -160,10 +144,9 @@ def make_plan(
         rows_per_group: Pictures of a part.
         seed: Of the shuffle.
         random_access: Whether single pictures can be read cheaply.
-        repeated_batch: Captions that are encoded together.
         about: What else plan.json is to say; `class_keys` among it.
     """
-    partitions, hashes = _partitions_and_captions(tables, ratios)
+    partitions = _partitions(tables, ratios)
     part_of, row_of, part_partitions, counts = assign(
         partitions, len(ratios), rows_per_group, seed, random_access=random_access
     )
@@ -172,11 +155,8 @@ def make_plan(
     temporary = files.temporary_name(folder)
     temporary.mkdir(parents=True)
     try:
-        shared, times = np.unique(hashes[hashes != 0], return_counts=True)
-        shared = shared[times > 1]
-        captions = _distribute(temporary, tables, part_of, row_of, shared, hashes)
+        _distribute(temporary, tables, part_of, row_of)
         digest = _sort(temporary, len(counts))
-        _write_repeated(temporary, captions, repeated_batch)
         plan = {
             "rows": int(sum(counts)),
             "parts": len(counts),
@@ -243,44 +223,28 @@ def _shuffled_in_blocks(total: int, seed: int) -> npt.NDArray[np.int64]:
     return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
-def _partitions_and_captions(
-    tables: Iterable[Any], ratios: tuple[float, ...]
-) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uint64]]:
-    """(n,) partition and (n,) hash of the caption, 0 without one, of all pictures."""
-    partitions, hashes = [np.zeros(0, np.int16)], [np.zeros(0, np.uint64)]
+def _partitions(tables: Iterable[Any], ratios: tuple[float, ...]) -> npt.NDArray[np.int16]:
+    """(n,) partition of all pictures."""
+    partitions = [np.zeros(0, np.int16)]
     for table in tables:
         heights, widths = (table[name].to_numpy() for name in ("height", "width"))
         for start in range(0, len(heights), _RATIOS_AT_ONCE):
             piece = slice(start, start + _RATIOS_AT_ONCE)
             partitions.append(nearest_of(ratios, heights[piece], widths[piece]).astype(np.int16))
-        captions = table["caption"].to_pylist()
-        hashes.append(np.array([_hash(text) for text in captions], np.uint64))
-    return np.concatenate(partitions), np.concatenate(hashes)
-
-
-def _hash(caption: str | None) -> int:
-    return 0 if caption is None else xxhash.xxh3_64_intdigest(caption.encode())
+    return np.concatenate(partitions)
 
 
 def _distribute(
-    folder: Path,
-    tables: Iterable[Any],
-    part_of: npt.NDArray[np.int32],
-    row_of: npt.NDArray[np.int32],
-    shared: npt.NDArray[np.uint64],
-    hashes: npt.NDArray[np.uint64],
-) -> set[str]:
-    """Writes each row into the file of its part, unsorted; returns the captions whose hashes are shared."""
+    folder: Path, tables: Iterable[Any], part_of: npt.NDArray[np.int32], row_of: npt.NDArray[np.int32]
+) -> None:
+    """Writes each row into the file of its part, unsorted."""
     import pyarrow as pa
 
     writers: dict[int, Any] = {}
-    captions: set[str] = set()
     first = 0
     for table in tables:
         here = slice(first, first + len(table))
         parts = part_of[here]
-        wanted = np.flatnonzero(is_in(shared, hashes[here]))
-        captions.update(table["caption"].take(pa.array(wanted)).to_pylist())
         placed = table.append_column("part", pa.array(parts)).append_column("row", pa.array(row_of[here]))
         for number in np.unique(parts // PARTS_PER_FILE).tolist():
             if number not in writers:
@@ -289,16 +253,6 @@ def _distribute(
         first += len(table)
     for writer in writers.values():
         writer.close()
-    return captions
-
-
-def is_in(rising: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """(n,) whether each of n values is in a sorted array; `np.isin` would sort that array again for every chunk."""
-    if not len(rising):
-        return np.zeros(len(values), np.bool_)
-    places = np.minimum(np.searchsorted(rising, values), len(rising) - 1)
-    there: npt.NDArray[np.bool_] = rising[places] == values
-    return there
 
 
 def _sort(folder: Path, parts: int) -> str:
@@ -323,15 +277,6 @@ def _sort(folder: Path, parts: int) -> str:
                 writer.write_table(table.slice(begin, end - begin))
         unsorted.unlink()
     return digest.hexdigest()
-
-
-def _write_repeated(folder: Path, captions: set[str], batch: int) -> None:
-    """Captions of about one length stand in one batch."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table({"caption": pa.array(sorted(captions, key=lambda text: (len(text), text)), pa.string())})
-    pq.write_table(table, folder / "repeated.parquet", row_group_size=batch)
 
 
 def share(num_parts: int, number: int, count: int) -> range:

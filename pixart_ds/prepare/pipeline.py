@@ -4,7 +4,8 @@ WORK/recipe.json        what the set is made of; another recipe is refused
 WORK/scan/              what the source holds (`scan`)
 WORK/plan/              which pictures make which part (`parts`)
 WORK/captions/          what a model wrote, by part (`caption`)
-WORK/features/          features of captions that several pictures share, until the set is finished
+WORK/repeated.parquet   captions that several pictures share
+WORK/features/          their features, until the set is finished
 WORK/set.json           the set's description, once the encoders are known
 WORK/conditions.safetensors  what the encoder makes of the empty caption and of the held prompts
 WORK/locks/             one file for each share of the work that some process has in hand
@@ -38,6 +39,7 @@ from pixart_ds.plan.buckets import PAPER_RATIOS
 from pixart_ds.prepare import finish, workers
 from pixart_ds.prepare.caption import CaptionFiles
 from pixart_ds.prepare.parts import Plan, decisions, make_plan, share
+from pixart_ds.prepare.repeated import REPEATED, write_repeated
 from pixart_ds.prepare.scan import Scan, scan
 from pixart_ds.prepare.sources import open_source
 
@@ -173,15 +175,9 @@ def _prepare(config: PrepareConfig, only: Phase | None, task: Task | None, proce
         _scan(config, work, processes)  # no more than a look whether the source is still the same
     plan = Plan.open(work / "plan")
     _check_parts(config, plan)
-    parts = share(plan.num_parts, *((task.number, task.count) if task else (0, 1)))
-    label = f"task-{task.number}-of-{task.count}" if task else "all"
     written = 0
-    if only in (None, "caption") and config.captions.captioner != "source":
-        with _in_hand(work, f"caption-{label}", f"captions of share {task or 'all'}"):
-            _caption(config, work, plan, parts, processes, device)
-    if only in (None, "encode"):
-        with _in_hand(work, f"encode-{label}", f"parts of share {task or 'all'}"):
-            written = _encode(config, work, plan, parts, processes, device, label)
+    if only != "finish" and len(parts_done(open_target(config.output))) < plan.num_parts:
+        written = _write(config, work, plan, only, task, processes, device)
     return _finish(config, work, plan, only, written, device, began)
 
 
@@ -206,7 +202,6 @@ def plan_of(config: PrepareConfig, work: Path, processes: int = 1) -> Plan:
             rows_per_group=config.rows_per_group,
             seed=config.seed,
             random_access=source.random_access,
-            repeated_batch=config.batch_size,
             about={
                 "pictures": found.pictures,
                 "skipped": found.rejected,
@@ -362,12 +357,66 @@ def _in_hand(work: Path, label: str, what: str) -> Iterator[None]:
 # ---- captions and parts -------------------------------------------------------------------------------------------------
 
 
+def _write(
+    config: PrepareConfig, work: Path, plan: Plan, only: Phase | None, task: Task | None, processes: int, device: str
+) -> int:
+    """Captions and parts, all or a task's; how many parts were written."""
+    parts = share(plan.num_parts, *((task.number, task.count) if task else (0, 1)))
+    label = f"task-{task.number}-of-{task.count}" if task else "all"
+    if only in (None, "caption") and config.captions.captioner != "source":
+        if only is None:
+            _check_told(config, work, plan, but=parts)  # before hours are spent on this share's
+        with _in_hand(work, f"caption-{label}", f"captions of share {task or 'all'}"):
+            _caption(config, work, plan, parts, processes, device)
+    if only in (None, "encode"):
+        _check_told(config, work, plan)
+    if not _not_told(config, work, plan):
+        _find_repeated(config, work, plan)
+    if only not in (None, "encode"):
+        return 0
+    with _in_hand(work, f"encode-{label}", f"parts of share {task or 'all'}"):
+        return _encode(config, work, plan, parts, processes, device, label)
+
+
 def _caption(config: PrepareConfig, work: Path, plan: Plan, parts: range, processes: int, device: str) -> None:
-    there = CaptionFiles(work / "captions")
-    todo = [part for part in parts if not there.done(part)]
-    if todo:
+    if todo := CaptionFiles(work / "captions").missing(parts):
         begin = workers.Begin(config, work, device, "caption", processes, "caption")
         _run(begin, todo, plan, parts, "caption", lambda done: None)
+
+
+def _not_told(config: PrepareConfig, work: Path, plan: Plan) -> list[int]:
+    """The parts whose captions a model has not written yet."""
+    if config.captions.captioner == "source":
+        return []
+    return CaptionFiles(work / "captions").missing(range(plan.num_parts))
+
+
+def _check_told(config: PrepareConfig, work: Path, plan: Plan, but: range = range(0)) -> None:
+    """Raises DataError if parts have no captions yet, other than those of `but`."""
+    if missing := [part for part in _not_told(config, work, plan) if part not in but]:
+        raise DataError(
+            f"{len(missing)} parts have no captions yet, the first is part {missing[0]}",
+            where=work / "captions",
+            remedy="run the same command with --only caption first, all tasks if there are several: a caption that comes in "
+            "several parts is encoded once for all",
+        )
+
+
+def _find_repeated(config: PrepareConfig, work: Path, plan: Plan) -> None:
+    """Lists the captions that several pictures share, or waits for the process that does."""
+    if (work / REPEATED).exists():
+        return
+    written = CaptionFiles(work / "captions")
+
+    def captions_of(part: int) -> list[str]:
+        if config.captions.captioner == "source":
+            return plan.captions(part)
+        return list(written.read(part)[0].values())
+
+    with files.held(work / "locks/repeated", "the list of repeated captions", wait=True):
+        if not (work / REPEATED).exists():
+            with Work("compare captions", plan.num_parts, "parts") as shown:
+                write_repeated(work / REPEATED, captions_of, plan.num_parts, config.batch_size, shown.advance)
 
 
 def _encode(
@@ -378,14 +427,6 @@ def _encode(
     todo = [part for part in parts if part not in numbers]
     if not todo:
         return 0
-    if config.captions.captioner != "source":
-        there = CaptionFiles(work / "captions")
-        if missing := [part for part in todo if not there.done(part)]:
-            raise DataError(
-                f"{len(missing)} parts have no captions yet, the first is part {missing[0]}",
-                where=there.folder,
-                remedy="run the same command with --only caption first",
-            )
     others = 0
 
     def count(done: workers.Done) -> None:

@@ -21,8 +21,8 @@ from pixart_ds import files
 from pixart_ds.config.schema import FilterConfig, PrepareConfig
 from pixart_ds.errors import DataError
 from pixart_ds.prepare.items import Item, Rejected
-from pixart_ds.prepare.parts import is_in
 from pixart_ds.prepare.processes import end_with_parent
+from pixart_ds.prepare.repeated import repeated_texts
 from pixart_ds.prepare.sources import Chunk, Source, open_source
 
 NUMBER = "number."
@@ -447,28 +447,13 @@ def _check_numbers(config: PrepareConfig, source: Source, numbers: set[str]) -> 
 
 
 def _check_twice(folder: Path, count: int, source: Source) -> None:
-    """Every name is that of one picture; hashes of millions of names fit into memory."""
-    import numpy as np
-    from xxhash import xxh3_64_intdigest
+    """Every name is that of one picture."""
 
     def names(number: int) -> list[str]:
         listed: list[str] = _read(folder, number, "name")["name"].to_pylist()
         return listed
 
-    hashes = [
-        np.array([xxh3_64_intdigest(name.encode()) for name in names(number)], np.uint64) for number in range(count)
-    ]
-    found, times = np.unique(np.concatenate(hashes), return_counts=True)
-    suspects = found[times > 1]
-    if not len(suspects):
-        return
-    seen = Counter[str]()
-    for number in range(count):
-        suspected = is_in(suspects, hashes[number])
-        if suspected.any():
-            seen.update(itertools.compress(names(number), suspected.tolist()))
-    twice = [name for name, times in seen.items() if times > 1]
-    if twice:
+    if twice := repeated_texts(names, count):
         raise DataError(
             f"{len(twice)} pictures are listed more than once: {_some(twice)}",
             where=source.root,

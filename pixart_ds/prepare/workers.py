@@ -28,6 +28,7 @@ from pixart_ds.prepare.encode import CaptionFeatures, Picture, PictureReader, en
 from pixart_ds.prepare.items import Rejected
 from pixart_ds.prepare.parts import Plan
 from pixart_ds.prepare.processes import end_with_parent
+from pixart_ds.prepare.repeated import REPEATED, RepeatedCaptions
 from pixart_ds.prepare.sources import open_source
 
 _MOST_PARTS_AT_ONCE = 8
@@ -170,9 +171,8 @@ class _Worker:
     def _write_captions(self, parts: Sequence[int]) -> Iterator[Done]:
         config, captioner = self._config, self._captioner
         reader = self._reader(lambda partition, item: [shrunk_size(item.height, item.width)])
-        written = caption_parts(captioner, reader, parts, self._captions, config.captions.batch_size, config.seed)
-        for part, pictures in written:
-            yield Done(part, pictures)
+        for part in caption_parts(captioner, reader, parts, self._captions, config.captions.batch_size, config.seed):
+            yield Done(part, self._plan.counts[part])
         reader.close()
 
     # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -196,7 +196,9 @@ class _Worker:
 
     @cached_property
     def _features(self) -> CaptionFeatures:
-        return CaptionFeatures(self._encoders[1], self._plan, self._config.batch_size, self._begin.work / "features")
+        work = self._begin.work
+        repeated = RepeatedCaptions(work / REPEATED)
+        return CaptionFeatures(self._encoders[1], repeated, self._config.batch_size, work / "features")
 
     def _encode(self, parts: Sequence[int]) -> Iterator[Done]:
         vae, _, description = self._encoders

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def test_what_cannot_be_done_is_said_before_anything_begins(tmp_path: Path) -> N
         answer = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert answer.returncode == 2
         assert told in answer.stdout + answer.stderr
+
+
+def test_a_fault_that_follows_at_once_comes_before_the_stage_is_over(tmp_path: Path) -> None:
+    """However fast the machine: at its step, if that is trained before its seconds have passed."""
+    stage = chaos.RunLayout(tmp_path).stage("stage1")
+    stage.attempt(1).root.mkdir(parents=True)
+    around = chaos.Chaos.__new__(chaos.Chaos)
+    around.stage = stage
+    now = chaos.time.monotonic()
+    before = chaos.Struck(fault("kill-rank"), now, (1, 1), recovered_s=1.0)
+    follows = chaos.Fault(2, "kill-rank", 40, 100.0, True, 0.5, 3.0)
+    for step, at, due in ((39, now, False), (39, now - 101, True), (40, now, True)):
+        stage.attempt(1).metrics.write_text(json.dumps({"step": step}) + "\n")
+        around.struck = [replace(before, at=at)]
+        assert around._is_due(follows) is due, (step, at)
 
 
 # ---- what it would object to ----------------------------------------------------------------------------------------

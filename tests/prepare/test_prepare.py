@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from pixart_ds.encoders.clean import clean_caption
 from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.encoders.text import T5Encoder
 from pixart_ds.errors import ConfigError, DataError, MachineError
-from pixart_ds.prepare.parts import Plan, decisions
+from pixart_ds.prepare.parts import decisions
 from pixart_ds.prepare.pictures import load_cut
 from pixart_ds.prepare.pipeline import Task, dry_run, plan_of, prepare, words_of, work_folder
+from pixart_ds.prepare.repeated import REPEATED, RepeatedCaptions
 from tests.helpers.disk import small_disk
 
 ENCODERS = Path(__file__).resolve().parents[2] / "pixart_ds/demo/encoders"
@@ -150,6 +152,17 @@ def test_numbers_of_a_list_can_be_filtered_on(pictures: Path, tmp_path: Path) ->
     assert sorted(scores.tolist()) == [number / 10 for number in range(10, 30)]
 
 
+def features_of(path: Path) -> dict[str, set[bytes]]:
+    """All features that a set has for each caption."""
+    opened = PreparedSet.open(path)
+    found: dict[str, set[bytes]] = {}
+    for group, count in enumerate(opened.counts):
+        for row in range(count):
+            said = opened.source("captions", None).open(group).read(row)
+            found.setdefault(bytes(said["caption"]).decode(), set()).add(bytes(said["caption_embeds"]))
+    return found
+
+
 def test_captions_that_many_share_are_encoded_once_and_alike(pictures: Path, tmp_path: Path) -> None:
     """However parts are shared out: a batch's padding must not show in a feature."""
     more = ("source.caption_suffix=.short.txt", "rows_per_group=4")
@@ -159,29 +172,21 @@ def test_captions_that_many_share_are_encoded_once_and_alike(pictures: Path, tmp
         path.write_text(f"a red circle {number}")
     config = config_of(source, tmp_path / "one", *more)
     prepare(config)
-    plan = Plan.open(work_folder(config) / "plan")
-    assert plan.repeated == {}
+    assert RepeatedCaptions(work_folder(config) / REPEATED).places == {}
     for path in sorted(source.rglob("*.short.txt"))[:20]:
         path.write_text("a red circle")
     for path in sorted(source.rglob("*.short.txt"))[20:22]:
         path.write_text("a large blue square")
     config = config_of(source, tmp_path / "two", *more)
     prepare(config, only="scan")
-    plan = Plan.open(work_folder(config) / "plan")
-    assert plan.repeated == {"a red circle": (0, 0), "a large blue square": (0, 1)}
+    found = RepeatedCaptions(work_folder(config) / REPEATED)
+    assert found.places == {"a red circle": (0, 0), "a large blue square": (0, 1)}
     for number in range(3):
         prepare(config, task=Task(number, 3), only="encode")
     assert len(list((work_folder(config) / "features").iterdir())) == 1
     prepare(config)
     assert not (work_folder(config) / "features").exists()
-    opened = PreparedSet.open(tmp_path / "two")
-    seen = set()
-    for group, count in enumerate(opened.counts):
-        for row in range(count):
-            said = opened.source("captions", None).open(group).read(row)
-            if bytes(said["caption"]) == b"a red circle":
-                seen.add(bytes(said["caption_embeds"]))
-    assert len(seen) == 1
+    assert len(features_of(tmp_path / "two")["a red circle"]) == 1
 
 
 # ---- what is left out ---------------------------------------------------------------------------------------------------
@@ -481,7 +486,9 @@ def test_a_model_writes_the_captions(pictures: Path, tmp_path: Path) -> None:
     assert not set(captions) & {path.read_text().strip() for path in captions_of(pictures)}
 
 
-def test_own_captioners_are_called(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A captioner that says of pictures with a circle how large they are, of the others nothing; beside it one of few words."""
     (tmp_path / "mine.py").write_text(
         "class Mine:\n"
         "    identity = 'mine 1'\n"
@@ -489,11 +496,61 @@ def test_own_captioners_are_called(pictures: Path, tmp_path: Path, monkeypatch: 
         "    def caption(self, pictures, originals, seed):\n"
         "        return [f'{each.shape[0]} by {each.shape[1]}' if old.count('circle') else '' \n"
         "                for each, old in zip(pictures, originals)]\n"
+        "class Few(Mine):\n"
+        "    def caption(self, pictures, originals, seed):\n"
+        "        return ['a picture ' * (len(old) % 9) for old in originals]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    report = prepare(config_of(pictures, tmp_path / "set", "captions.captioner=mine:Mine"))
+    return "captions.captioner=mine"
+
+
+def test_own_captioners_are_called(pictures: Path, tmp_path: Path, mine: str) -> None:
+    report = prepare(config_of(pictures, tmp_path / "set", f"{mine}:Mine"))
     rows = pq.read_table(tmp_path / "set/rows.parquet").to_pylist()
     assert {row["caption"] for row in rows} == {f"{row['height']} by {row['width']}" for row in rows}
     assert report.samples + report.skipped["caption"] == 30
     assert report.samples == sum("circle" in path.read_text() for path in captions_of(pictures))
     assert PreparedSet.open(tmp_path / "set").description.captioner == "mine 1"
+
+
+def test_what_a_captioner_says_of_pictures_of_several_parts_is_encoded_once(
+    tmp_path: Path, mine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    encode = T5Encoder.encode
+    monkeypatch.setattr(T5Encoder, "encode", lambda self, texts: encoded.extend(texts) or encode(self, texts))
+    write_pictures(tmp_path / "more", 60, seed=5)
+    more = (f"{mine}:Few", "rows_per_group=2", "prompts=[]", "captions.clean=false")
+    config = config_of(tmp_path / "more", tmp_path / "set", *more)
+    prepare(config, only="scan")
+    with pytest.raises(DataError, match="have no captions yet") as caught:
+        prepare(config, task=Task(0, 3))
+    assert "--only caption first, all tasks" in str(caught.value)
+    for number in (2, 0, 1):
+        assert not (work_folder(config) / REPEATED).exists()
+        prepare(config, only="caption", task=Task(number, 3))
+    found = RepeatedCaptions(work_folder(config) / REPEATED)
+    assert [prepare(config, task=Task(number, 3)).finished for number in (1, 2, 0)] == [False, False, True]
+    table = pq.read_table(tmp_path / "set/rows.parquet", columns=["caption", "part"]).to_pydict()
+    captions, parts = table["caption"], table["part"]
+    assert {*found.places} == {text for text in captions if captions.count(text) > 1}
+    assert len({*zip(captions, parts, strict=True)}) > len({*captions}), "some come in several parts"
+    assert sorted(encoded) == sorted({*captions}), "each once, whatever part it is in"
+    assert {len(features) for features in features_of(tmp_path / "set").values()} == {1}
+    prepare(config_of(tmp_path / "more", tmp_path / "whole", *more))
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+
+
+def test_the_list_of_repeated_captions_is_waited_for(pictures: Path, tmp_path: Path) -> None:
+    """Tasks of an array begin at once; one of them writes it."""
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    written = (work_folder(config) / REPEATED).read_bytes()
+    (work_folder(config) / REPEATED).unlink()
+    with ThreadPoolExecutor(1) as pool, files.held(work_folder(config) / "locks/repeated", "it"):
+        task = pool.submit(prepare, config, task=Task(0, 2))
+        with pytest.raises(TimeoutError):
+            task.result(1.5)
+        assert not (work_folder(config) / REPEATED).exists()
+    assert task.result().parts_left
+    assert (work_folder(config) / REPEATED).read_bytes() == written

@@ -1,4 +1,4 @@
-"""On a real Slurm: a set is prepared by an array whose tasks are requeued in the middle, as the runbook says it."""
+"""On a real Slurm: a set is prepared by arrays whose tasks are requeued in the middle, as the runbook says it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,30 @@ from tests.slurm.cluster import Cluster, until
 pytestmark = pytest.mark.slurm
 
 
-def test_an_array_whose_tasks_are_requeued_makes_the_set(cluster: Cluster, tmp_path: Path) -> None:
+def test_an_array_whose_tasks_are_requeued_makes_the_set(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n"
+        "    identity = 'mine 1'\n"
+        "    def __init__(self, config, device): pass\n"
+        "    def caption(self, pictures, originals, seed):\n"
+        "        return [f'{len(old)} letters' for old in originals]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     write_pictures(tmp_path / "pictures", 80, seed=3)
-    more = ("rows_per_group=2",)
+    more = ("rows_per_group=2", "captions.captioner=mine:Mine")
     sets = " ".join(f"--set '{each}'" for each in overrides(tmp_path / "pictures", tmp_path / "set", *more))
-    command = f"cd {ENCODERS.parents[2]} && exec {sys.executable} -m pixart_ds prepare smoke/prepare {sets}"
+    command = f"cd {ENCODERS.parents[2]} && PYTHONPATH={tmp_path} exec {sys.executable} -m pixart_ds prepare smoke/prepare {sets}"
     scan = cluster.sbatch(f"--output={tmp_path}/scan.out", f"--wrap={command} --only scan")
-    output = f"--output={tmp_path}/task-%a.out"
-    array = cluster.sbatch(
-        f"--dependency=afterok:{scan}", "--array=0-2", "--requeue", "--open-mode=append", output,
-        f"--wrap={command} --task $SLURM_ARRAY_TASK_ID/3",
-    )  # fmt: skip
+
+    def array_of(before: str, name: str, only: str = "") -> str:
+        return cluster.sbatch(
+            f"--dependency=afterok:{before}", "--array=0-2", "--requeue", "--open-mode=append",
+            f"--output={tmp_path}/{name}-%a.out", f"--wrap={command} {only} --task $SLURM_ARRAY_TASK_ID/3",
+        )  # fmt: skip
+
+    array = array_of(array_of(scan, "captions", "--only caption"), "task")
 
     def said() -> str:
         return "\n".join(path.read_text()[-1500:] for path in sorted(tmp_path.glob("*.out")))
