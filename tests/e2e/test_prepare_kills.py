@@ -14,7 +14,7 @@ import pytest
 
 from pixart_ds.demo.pictures import write_pictures
 from pixart_ds.prepare.pipeline import prepare
-from tests.prepare.test_prepare import ENCODERS, config_of, content, overrides
+from tests.prepare.test_prepare import ENCODERS, config_of, content, overrides, own_captioners
 
 pytestmark = pytest.mark.e2e
 RESTARTS = 50
@@ -54,16 +54,15 @@ while True:
 """
 
 
-def test_fifty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
+def test_fifty_kills_at_random_moments_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While pictures are listed, described and encoded."""
+    monkeypatch.syspath_prepend(tmp_path)
     write_pictures(tmp_path / "pictures", 160, seed=3)
+    more = (f"{own_captioners(tmp_path)}:Few", "rows_per_group=2")
     began = time.monotonic()
-    prepare(config_of(tmp_path / "pictures", tmp_path / "whole", "rows_per_group=2"))
+    prepare(config_of(tmp_path / "pictures", tmp_path / "whole", *more))
     seconds = time.monotonic() - began
-    sets = [
-        word
-        for each in overrides(tmp_path / "pictures", tmp_path / "SET", "rows_per_group=2")
-        for word in ("--set", each)
-    ]
+    sets = [word for each in overrides(tmp_path / "pictures", tmp_path / "SET", *more) for word in ("--set", each)]
     command = ["prepare", "smoke/prepare", *sets]
     # every start does some of it, and few do all
     about = (command, str(tmp_path), RESTARTS, max(0.5, seconds / 12))
@@ -74,6 +73,7 @@ def test_fifty_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
         text=True,
         check=False,
         cwd=ENCODERS.parents[2],
+        env={**os.environ, "PYTHONPATH": f"{ENCODERS.parents[2]}{os.pathsep}{tmp_path}"},
     )
     log = (tmp_path / "log.txt").read_text()
     assert answer.returncode == 0, f"{answer.stdout}{answer.stderr}\n{log[-3000:]}"

@@ -53,6 +53,25 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path): (folder / path).read_bytes() for path in shown if path.name != "summary.html"}
 
 
+def own_captioners(folder: Path) -> str:
+    """Writes a module of captioners, and says how the override that takes one begins.
+
+    `Sizes` says of pictures with a circle how large they are, of others nothing; `Few` says the same of many.
+    """
+    (folder / "mine.py").write_text(
+        "class Sizes:\n"
+        "    identity = 'mine 1'\n"
+        "    def __init__(self, config, device): pass\n"
+        "    def caption(self, pictures, originals, seed):\n"
+        "        return [f'{each.shape[0]} by {each.shape[1]}' if old.count('circle') else '' \n"
+        "                for each, old in zip(pictures, originals)]\n"
+        "class Few(Sizes):\n"
+        "    def caption(self, pictures, originals, seed):\n"
+        "        return ['a picture ' * (len(old) % 9) for old in originals]\n"
+    )
+    return "captions.captioner=mine"
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "pictures"
@@ -488,24 +507,12 @@ def test_a_model_writes_the_captions(pictures: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A captioner that says of pictures with a circle how large they are, of the others nothing; beside it one of few words."""
-    (tmp_path / "mine.py").write_text(
-        "class Mine:\n"
-        "    identity = 'mine 1'\n"
-        "    def __init__(self, config, device): pass\n"
-        "    def caption(self, pictures, originals, seed):\n"
-        "        return [f'{each.shape[0]} by {each.shape[1]}' if old.count('circle') else '' \n"
-        "                for each, old in zip(pictures, originals)]\n"
-        "class Few(Mine):\n"
-        "    def caption(self, pictures, originals, seed):\n"
-        "        return ['a picture ' * (len(old) % 9) for old in originals]\n"
-    )
     monkeypatch.syspath_prepend(tmp_path)
-    return "captions.captioner=mine"
+    return own_captioners(tmp_path)
 
 
 def test_own_captioners_are_called(pictures: Path, tmp_path: Path, mine: str) -> None:
-    report = prepare(config_of(pictures, tmp_path / "set", f"{mine}:Mine"))
+    report = prepare(config_of(pictures, tmp_path / "set", f"{mine}:Sizes"))
     rows = pq.read_table(tmp_path / "set/rows.parquet").to_pylist()
     assert {row["caption"] for row in rows} == {f"{row['height']} by {row['width']}" for row in rows}
     assert report.samples + report.skipped["caption"] == 30

@@ -10,7 +10,7 @@ import pytest
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.demo.pictures import write_pictures
 from pixart_ds.prepare.pipeline import prepare
-from tests.prepare.test_prepare import ENCODERS, config_of, content, overrides
+from tests.prepare.test_prepare import ENCODERS, config_of, content, overrides, own_captioners
 from tests.slurm.cluster import Cluster, until
 
 pytestmark = pytest.mark.slurm
@@ -19,16 +19,9 @@ pytestmark = pytest.mark.slurm
 def test_an_array_whose_tasks_are_requeued_makes_the_set(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine.py").write_text(
-        "class Mine:\n"
-        "    identity = 'mine 1'\n"
-        "    def __init__(self, config, device): pass\n"
-        "    def caption(self, pictures, originals, seed):\n"
-        "        return [f'{len(old)} letters' for old in originals]\n"
-    )
     monkeypatch.syspath_prepend(tmp_path)
     write_pictures(tmp_path / "pictures", 80, seed=3)
-    more = ("rows_per_group=2", "captions.captioner=mine:Mine")
+    more = ("rows_per_group=2", f"{own_captioners(tmp_path)}:Few")
     sets = " ".join(f"--set '{each}'" for each in overrides(tmp_path / "pictures", tmp_path / "set", *more))
     command = f"cd {ENCODERS.parents[2]} && PYTHONPATH={tmp_path} exec {sys.executable} -m pixart_ds prepare smoke/prepare {sets}"
     scan = cluster.sbatch(f"--output={tmp_path}/scan.out", f"--wrap={command} --only scan")
@@ -48,6 +41,6 @@ def test_an_array_whose_tasks_are_requeued_makes_the_set(
     until(lambda: parts.is_dir() and len(list(parts.iterdir())) >= 3, 120, said)
     cluster.tell("scontrol", "requeue", f"{array}_1")
     until(lambda: not cluster.tell("squeue", "-h", "-j", array), 240, said)
-    assert PreparedSet.open(tmp_path / "set").num_samples == 80, said()
+    assert PreparedSet.open(tmp_path / "set").num_samples > 60, said()
     prepare(config_of(tmp_path / "pictures", tmp_path / "whole", *more))
     assert content(tmp_path / "set") == content(tmp_path / "whole")
