@@ -294,8 +294,8 @@ def _limit_by_sample(made: PreparedSet) -> float:
         for group, row in zip(plan.group.tolist(), plan.row.tolist(), strict=True):
             for name in ("captions", "256"):
                 descriptor, offsets = shards[name, group]
+                at += (offsets[row] - at) % ALIGNMENT  # the kernel copies faster where both sides lie alike
                 at += os.preadv(descriptor, [place[at : at + offsets[row + 1] - offsets[row]]], offsets[row])
-                at += -at % ALIGNMENT
     took = time.perf_counter() - began
     for descriptor, _ in shards.values():
         os.close(descriptor)

@@ -27,12 +27,13 @@ ALIGNMENT = 64
 """Bytes: the large column of each sample begins at a multiple of this in its file. The kernel copies from there to memory that is
 aligned likewise 1.4 times as fast."""
 PADDING = "align"
-"""The column of zero bytes that sees to it; by its name it is the first of a sample."""
+"""The column of zero bytes that sees to it; by its name it is the first of a sample. In front of the large one no other varies in
+size, so that readers know where that begins."""
 LARGE_COLUMNS = ("caption_embeds", "latents")
 CAPTION_COLUMNS = {
     PADDING: "bytes",
-    "caption": "str",
     "caption_embeds": "bytes",
+    "caption_text": "str",
     "class_label": "int",
     "name": "str",
     "part": "int",

@@ -168,12 +168,18 @@ class OpenShard:
         Raises:
             DataError: There is no such row, or it cannot be read.
         """
-        if not 0 <= row < len(self._offsets) - 1:
-            raise DataError(f"there is no row {row} among {len(self)}", where=self.name)
-        begin, end = self._offsets[row], self._offsets[row + 1]
+        begin, end = self._span(row)
         if size is not None and self._large == 1 and 0 <= (padding := end - begin - self._least - size) < ALIGNMENT:
             return Extent(row, begin, end, self._front + padding, size, (padding, size))
-        varying = self._heads.unpack(self._pread(self._heads.size, begin, f"row {row}"))
+        return self._extent(row, begin, end, self._pread(self._heads.size, begin, f"row {row}"))
+
+    def _span(self, row: int) -> tuple[int, int]:
+        if not 0 <= row < len(self._offsets) - 1:
+            raise DataError(f"there is no row {row} among {len(self)}", where=self.name)
+        return self._offsets[row], self._offsets[row + 1]
+
+    def _extent(self, row: int, begin: int, end: int, head: bytes | bytearray) -> Extent:
+        varying = self._heads.unpack_from(head)
         self._check(row, begin, end, varying)
         return Extent(row, begin, end, self._front + sum(varying[: self._large]), varying[self._large], varying)
 
@@ -217,20 +223,55 @@ class OpenShard:
             at = begin + before + size
             view[before:] = self._pread(end - at, at, f"row {row}")
             return around
-        try:
-            count = os.preadv(self._descriptor, [view[:before], place, view[before:]], begin)
-            if count != end - begin:  # a file system may stop in between
-                count = self._read_slowly([view[:before], memoryview(place).cast("B"), view[before:]], begin)
-        except OSError as cause:
-            raise _unreadable(f"row {row}", self.name, cause) from cause
-        if count != end - begin:
-            raise DataError(f"row {row}: {count} bytes instead of {end - begin}", where=self.name, remedy=PREPARE_AGAIN)
+        self._fill(row, begin, end, [view[:before], place, view[before:]])
         if (there := self._heads.unpack_from(around)) != varying:
             self._check(row, begin, end, there)
             raise DataError(
                 f"row {row} has columns of {there} bytes instead of {varying}", where=self.name, remedy=PREPARE_AGAIN
             )
         return around
+
+    def room(self, row: int) -> int:
+        """Bytes that `read_first` may need for a sample."""
+        begin, end = self._span(row)
+        return max(0, end - begin - self._front)
+
+    def read_first(self, row: int, room: memoryview) -> tuple[Extent, bytearray]:
+        """Reads a sample in one go whose large column may have any size: it comes to the beginning of a room, and behind it what
+        follows in the file, which may be overwritten afterwards.
+
+        Args:
+            row: Which sample.
+            room: Memory of at least `room` bytes.
+
+        Returns:
+            Where it lies, and the sample without its large column, as `read_into` gives it.
+
+        Raises:
+            DataError: There is no such row, or it cannot be read.
+        """
+        begin, end = self._span(row)
+        if end - begin < self._least:
+            self._check(row, begin, end, ())
+        # ours lets it begin at the next multiple, so the head need not be read before
+        before = min(self._front + (-(begin + self._front) % ALIGNMENT if self._large else 0), end - begin)
+        head, rest = bytearray(before), end - begin - before
+        self._fill(row, begin, end, [head, room[:rest]])
+        extent = self._extent(row, begin, end, head)
+        if extent.before != before:  # another writer's
+            return extent, self.read_into(extent, room[: extent.size])
+        return extent, head + room[extent.size : rest]
+
+    def _fill(self, row: int, begin: int, end: int, places: list[Any]) -> None:
+        """Reads a sample into places, one behind the other."""
+        try:
+            count = os.preadv(self._descriptor, places, begin)
+            if count != end - begin:  # a file system may stop in between
+                count = self._read_slowly([memoryview(place).cast("B") for place in places], begin)
+        except OSError as cause:
+            raise _unreadable(f"row {row}", self.name, cause) from cause
+        if count != end - begin:
+            raise DataError(f"row {row}: {count} bytes instead of {end - begin}", where=self.name, remedy=PREPARE_AGAIN)
 
     def _read_slowly(self, places: Sequence[memoryview], begin: int) -> int:
         """Fills places from `begin` on until the file ends; returns how many bytes there were."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -111,7 +110,6 @@ class _Rows:
         shards: Which shard.
         rows: Which row of it.
         parts: The part that this row group is.
-        extents: Where in the shard's file.
     """
 
     index: ShardIndex
@@ -119,35 +117,23 @@ class _Rows:
     shards: list[OpenShard]
     rows: list[int]
     parts: list[int]
-    extents: list[Extent]
 
-    def numbers(self, column: str, around: Sequence[bytearray]) -> list[int]:
-        """A column of one integer, of what `read` gave; between it and the large column none varies."""
-        between = self.index.column_sizes[self.index.large + 1 : self.index.columns.index(column)]
-        more = sum(size or 0 for size in between)
+    def numbers(self, column: str, extents: Sequence[Extent], around: Sequence[bytearray]) -> list[int]:
+        """A column of one integer, somewhere behind the large one, of what was read."""
+        sizes, large, at = self.index.column_sizes, self.index.large, self.index.columns.index(column)
+        fixed = sum(size or 0 for size in sizes[large + 1 : at])
+        varying = slice(sizes[: large + 1].count(None), sizes[:at].count(None))
         return [
-            _INTEGER.unpack_from(each, extent.before + more)[0]
-            for each, extent in zip(around, self.extents, strict=True)
+            _INTEGER.unpack_from(each, extent.before + fixed + sum(extent.varying[varying]))[0]
+            for each, extent in zip(around, extents, strict=True)
         ]
 
-    @property
-    def large_sizes(self) -> list[int]:
-        """Bytes of the large column in each row."""
-        return [extent.size for extent in self.extents]
-
-    def read(self, places: Iterable[Any]) -> tuple[list[bytearray], dict[str, npt.NDArray[np.uint8]]]:
-        """Reads the rows, their large columns into these places.
-
-        Returns:
-            Of each row what is around its large column; and the columns behind the last one of variable size, (n, bytes) each.
+    def checked(self, around: Sequence[bytearray]) -> dict[str, npt.NDArray[np.uint8]]:
+        """Of what was read the columns behind the last one of variable size, (n, bytes) each.
 
         Raises:
-            DataError: A row cannot be read, or is another one than planned.
+            DataError: A row is another one than planned.
         """
-        around = [
-            shard.read_into(extent, place)
-            for shard, extent, place in zip(self.shards, self.extents, places, strict=True)
-        ]
         last = max(place for place, size in enumerate(self.index.column_sizes) if size is None) + 1
         ends = list(accumulate(size or 0 for size in self.index.column_sizes[last:]))
         tails = np.frombuffer(b"".join([each[-ends[-1] :] for each in around]), np.uint8).reshape(-1, ends[-1])
@@ -160,7 +146,7 @@ class _Rows:
                     where=shard.name,
                     remedy="prepare the set again into a new folder",
                 )
-        return around, fixed
+        return fixed
 
 
 def _ints(column: npt.NDArray[np.uint8]) -> list[int]:
@@ -218,22 +204,19 @@ class Reader:
         size = info.sizes[0 if info.square else bucket]
         count, shape = len(plan), (about.latent_channels, *size)
         texts = self._rows(plan, "captions", shards)
-        images = self._rows(plan, self.latents, shards, size=math.prod(shape) * 2 * 2)
-        tokens = self._tokens(texts)
-        lengths = tuple(max(1, each) for each in tokens) if self.captions else ()
-        captions, moments, latents, noise = buffer.take(
-            (torch.uint8, (sum(lengths), self._token_bytes)),
+        images = self._rows(plan, self.latents, shards)
+        room, moments, latents, noise = buffer.take(
+            (torch.uint8, (self._room(texts),)),
             (torch.float16, (count, 2 * shape[0], *size)),
             (torch.float32, (count, *shape)),
             (torch.float32, (count, *shape)),
         )
-        labels = self._read_texts(texts, tokens, lengths, captions)
+        captions, lengths, labels = self._read_texts(texts, room)
         ids, original_sizes = self._read_latents(images, moments)
         visits = plan.visit.tolist()
-        draws = draw_all(self.seed, self.stage, list(zip(ids, visits, strict=True)), shape, self.condition_dropout)  # type: ignore[arg-type]
-        np.stack([each.latent_noise for each in draws], out=latents.numpy())
-        np.stack([each.noise for each in draws], out=noise.numpy())
-        mean, std = moments.chunk(2, 1)  # fp16, computed in fp32 beside the latents, without a copy of all
+        samples: list[tuple[int, int]] = list(zip(ids, visits, strict=True))
+        draws = draw_all(self.seed, self.stage, samples, shape, self.condition_dropout, (latents, noise))
+        mean, std = moments.chunk(2, 1)  # fp16, computed in fp32 where the latents' noise is, without a copy of all
         latents.mul_(std).add_(mean)
         if about.shift_factor:
             latents.sub_(about.shift_factor)
@@ -258,48 +241,68 @@ class Reader:
         """The micro-batch with caption features in fp16, made on the device where it is: what is copied there is what is stored."""
         return replace(batch, caption_embeds=self._codec.decode(batch.caption_embeds, self._channels))
 
-    def _rows(self, plan: StepPlan, name: str, shards: Mapping[ShardKey, OpenShard], size: int | None = None) -> _Rows:
-        """Where the plan's samples lie, if their large columns have that size, or whatever they have."""
-        sets, groups, rows = plan.set_index.tolist(), plan.group.tolist(), plan.row.tolist()
+    def _rows(self, plan: StepPlan, name: str, shards: Mapping[ShardKey, OpenShard]) -> _Rows:
+        """Where the plan's samples lie."""
+        sets, groups = plan.set_index.tolist(), plan.group.tolist()
         mine = [shards[number, name, group] for number, group in zip(sets, groups, strict=True)]
         parts = [self._parts[number][group] for number, group in zip(sets, groups, strict=True)]
-        extents = [shard.extent(row, size) for shard, row in zip(mine, rows, strict=True)]
-        return _Rows(self.sets[0].index(name), sets, mine, rows, parts, extents)
+        return _Rows(self.sets[0].index(name), sets, mine, plan.row.tolist(), parts)
 
-    def _tokens(self, texts: _Rows) -> list[int]:
-        """How long each caption is."""
-        found = []
-        for number, shard, row, size in zip(texts.sets, texts.shards, texts.rows, texts.large_sizes, strict=True):
-            about = self.sets[number].description
-            tokens, rest = divmod(size, self._token_bytes)
-            if rest or tokens > about.max_tokens:
-                raise DataError(
-                    f"row {row} has caption features of {size} bytes: no more than {about.max_tokens} tokens of "
-                    f"{about.caption_channels} channels",
-                    where=shard.name,
-                )
-            found.append(tokens)
-        return found
+    def _room(self, texts: _Rows) -> int:
+        """Bytes that captions may need, with what is read behind the last one."""
+        if not self.captions:
+            return 0
+        return sum(max(shard.room(row), self._token_bytes) for shard, row in zip(texts.shards, texts.rows, strict=True))
 
-    def _read_texts(
-        self, texts: _Rows, tokens: Sequence[int], lengths: Sequence[int], captions: torch.Tensor
-    ) -> list[int]:
-        """Puts each caption's stored features in its place; returns the class labels."""
-        places, stored, end = [], captions.numpy(), 0
-        for length, count in zip(lengths, tokens, strict=self.captions):
-            places.append(stored[end : end + count])
-            stored[end + count : end + length] = 0  # where a caption has none: zero bytes are zeros in every codec
-            end += length
-        around, _ = texts.read(places if self.captions else [None] * len(texts.rows))
-        return texts.numbers("class_label", around)
+    def _read_texts(self, texts: _Rows, room: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], list[int]]:
+        """Puts the captions' stored features into the room, one behind the other.
+
+        Returns:
+            The features (T, bytes), how many of them each caption has, and the class labels.
+        """
+        extents, around, lengths, end = [], [], [], 0
+        view = room.numpy().data
+        for number, shard, row in zip(texts.sets, texts.shards, texts.rows, strict=True):
+            if self.captions:
+                extent, other = shard.read_first(row, view[end:])
+            else:
+                extent = shard.extent(row)
+                other = shard.read_into(extent, None)
+            extents.append(extent)
+            around.append(other)
+            tokens = self._tokens(number, shard, extent)
+            if not self.captions:
+                continue
+            if not tokens:
+                view[end : end + self._token_bytes] = bytes(self._token_bytes)  # zeros in every codec
+            lengths.append(max(1, tokens))
+            end += lengths[-1] * self._token_bytes
+        texts.checked(around)
+        captions = room[:end].view(-1, self._token_bytes)
+        return captions, tuple(lengths), texts.numbers("class_label", extents, around)
+
+    def _tokens(self, number: int, shard: OpenShard, extent: Extent) -> int:
+        """How long a caption is."""
+        tokens, rest = divmod(extent.size, self._token_bytes)
+        about = self.sets[number].description
+        if rest or tokens > about.max_tokens:
+            raise DataError(
+                f"row {extent.row} has caption features of {extent.size} bytes: no more than {about.max_tokens} tokens of "
+                f"{about.caption_channels} channels",
+                where=shard.name,
+            )
+        return tokens
 
     def _read_latents(self, images: _Rows, moments: torch.Tensor) -> tuple[list[int], npt.NDArray[np.float32]]:
         """Puts each mean and standard deviation in its place (2C, h, w); returns ids and (n, 2) sizes of the pictures."""
         shape, wanted = tuple(moments.shape[1:]), moments[0].nbytes
-        for shard, row, size in zip(images.shards, images.rows, images.large_sizes, strict=True):
-            if size != wanted:
-                raise DataError(f"row {row} has latents of {size} bytes, its bucket {wanted}", where=shard.name)
-        _, columns = images.read(moments.numpy())
+        around = []
+        for shard, row, place in zip(images.shards, images.rows, moments.numpy(), strict=True):
+            extent = shard.extent(row, wanted)
+            if extent.size != wanted:
+                raise DataError(f"row {row} has latents of {extent.size} bytes, its bucket {wanted}", where=shard.name)
+            around.append(shard.read_into(extent, place))
+        columns = images.checked(around)
         shapes = np.ascontiguousarray(columns["shape"]).view("<i4").tolist()
         for shard, row, stored in zip(images.shards, images.rows, shapes, strict=True):
             if tuple(stored) != shape:

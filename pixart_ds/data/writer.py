@@ -184,8 +184,8 @@ class SetWriter:
                 f"not float16 of up to {(about.max_tokens, about.caption_channels)}"
             )
         return {
-            "caption": row.caption,
             "caption_embeds": CODECS[about.caption_codec].encode(embeds).tobytes(),
+            "caption_text": row.caption,
             "class_label": row.class_label,
             "name": row.name,
             "part": part,

@@ -50,45 +50,60 @@ def draw(
 
 
 def draw_all(
-    seed: int, stage: str, samples: Sequence[tuple[int, int]], shape: tuple[int, int, int], condition_dropout: float
+    seed: int,
+    stage: str,
+    samples: Sequence[tuple[int, int]],
+    shape: tuple[int, int, int],
+    condition_dropout: float,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> list[Draws]:
-    """The same for several (sample id, visit) of one shape: the normals of all are made together, which is faster."""
+    """The same for several (sample id, visit) of one shape: the normals of all are made together, which is faster.
+
+    Args:
+        into: Memory (n, C, h, w) fp32 for their latent noise, and for their noise.
+    """
     key, count = key_of("draws", seed, stage), math.prod(shape)
-    words = np.empty((len(samples), 2, (count + 1) // 2), np.uint64)
-    for number, sample in enumerate(samples):
-        words[number, 0] = raw_words(key, (*sample, _LATENT_NOISE), words.shape[2])
-        words[number, 1] = raw_words(key, (*sample, _NOISE), words.shape[2])
-    made = normals(words, count).reshape(len(samples), 2, *shape)
+    places = into or (torch.empty(len(samples), *shape), torch.empty(len(samples), *shape))
+    first_words: list[int] = []
+    for purpose, place in zip((_LATENT_NOISE, _NOISE), places, strict=True):
+        words = np.empty((len(samples), (count + 1) // 2), np.uint64)
+        for number, sample in enumerate(samples):
+            words[number] = raw_words(key, (*sample, purpose), words.shape[1])
+        normals(words, place.view(-1, count))
+        first_words = words[:, 0].tolist()
     draws = []
-    for number, sample in enumerate(samples):
+    for number, (sample, latent_noise, noise) in enumerate(
+        zip(samples, *(place.numpy() for place in places), strict=True)
+    ):
         scalars = raw_words(key, (*sample, _SCALARS), 2)
         draws.append(
             Draws(
-                latent_noise=made[number, 0],
-                noise=made[number, 1],
+                latent_noise=latent_noise,
+                noise=noise,
                 # 2⁶⁴ is not a multiple of 1000, which favours some timesteps by one part in 10¹⁶
                 timestep=int(scalars[0]) % NUM_TIMESTEPS,
                 dropped=bool(uniform(scalars[1:])[0] < condition_dropout),
-                noise_key=int(words[number, 1, 0]),
+                noise_key=first_words[number],
             )
         )
     return draws
 
 
-def normals(words: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.float32]:
-    """`count` standard normals from each row of ⌈count / 2⌉ words, by Box and Muller (1958): a word's halves give radius and angle.
+def normals(words: npt.NDArray[np.uint64], place: torch.Tensor) -> None:
+    """Standard normals from words, by Box and Muller (1958): a word's halves give radius and angle.
 
     Computed in float64, so that the last bit of a platform's log or cosine hardly ever survives the rounding to fp32.
+
+    Args:
+        words: (n, ⌈count / 2⌉).
+        place: (n, count) fp32, which is filled.
     """
-    rows = torch.from_numpy(words.view(np.int64)).reshape(-1, words.shape[-1])
-    made = torch.empty(len(rows), rows.shape[1], 2)
+    rows, count = torch.from_numpy(words.view(np.int64)), place.shape[1]
     step = max(1, _AT_ONCE // max(1, rows.shape[1]))
     for start in range(0, len(rows), step):
-        part = rows[start : start + step]
+        part, filled = rows[start : start + step], place[start : start + step]
         # (0, 1], so that no logarithm is infinite
         radius = ((part >> 32) & _LOW).double().add_(1.0).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
         angle = (part & _LOW).double().mul_(2.0 * math.pi * 2.0**-32)
-        made[start : start + step, :, 0] = radius * angle.cos()
-        made[start : start + step, :, 1] = radius * angle.sin_()
-    numbers: npt.NDArray[np.float32] = made.flatten(1)[:, :count].numpy()
-    return numbers.reshape(*words.shape[:-1], count)
+        filled[:, 0::2] = radius * angle.cos()
+        filled[:, 1::2] = (radius * angle.sin_())[:, : count // 2]

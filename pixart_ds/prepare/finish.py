@@ -169,7 +169,7 @@ def _example(
     crop = np.frombuffer(image["crop"], "<i4").tolist()
     return summary.Example(
         picture=vae.decode(latents[None])[0],
-        caption=bytes(text["caption"]).decode(),
+        caption=bytes(text["caption_text"]).decode(),
         name=bytes(text["name"]).decode(),
         original=(height, width),
         crop=tuple(crop),

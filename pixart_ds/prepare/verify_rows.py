@@ -608,7 +608,7 @@ class GroupChecker:
 
     def _captions(self, group: Group, samples: _Samples, where: str, lines: _Lines | None, found: Found) -> None:
         problems, about = found.problems, self._about
-        names, captions = samples.words("name"), samples.words("caption")
+        names, captions = samples.words("name"), samples.words("caption_text")
         found.names[:] = [0 if name is None else xxhash.xxh3_64_intdigest(name.encode()) for name in names]
         for kind, there, told in (
             ("name", names, lines.names if lines else names),

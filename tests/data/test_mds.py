@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pixart_ds.data import mds
 from pixart_ds.data.mds import OpenShard
+from pixart_ds.data.shards import PreparedSet
 from pixart_ds.errors import DataError
 from tests.helpers.sets import tiny_set
 
@@ -91,6 +93,49 @@ def test_a_row_cut_short_is_refused(tmp_path: Path, name: str) -> None:
         found = f"row 7: {length - 3} bytes instead of {length}" if missing == 3 else "the file ends before row 7"
         with pytest.raises(DataError, match=found):
             shard.read(7)
+
+
+@pytest.mark.parametrize("name", ["captions", "32-square", "48-buckets"])
+@pytest.mark.parametrize("alignment", [64, 128, 1])
+def test_a_row_whose_size_is_not_known_comes_in_one_read(
+    tmp_path: Path, name: str, alignment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another alignment stands for another writer, whose large columns do not begin where they are looked for."""
+    shard, _ = opened(tmp_path, name)
+    calls, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *words: calls.append(words[0]) or preadv(*words))
+    monkeypatch.setattr(mds, "ALIGNMENT", alignment)
+    for row in range(len(shard)):
+        extent = shard.extent(row)
+        large = bytearray(extent.size)
+        around = shard.read_into(extent, large)
+        room = bytearray(shard.room(row))
+        calls.clear()
+        assert shard.read_first(row, memoryview(room)) == (extent, around)
+        assert room[: extent.size] == large
+        assert alignment != 64 or len(calls) == 1
+
+
+def test_a_row_whose_size_is_not_known_is_refused_if_it_is_damaged(tmp_path: Path) -> None:
+    shard, path = opened(tmp_path, "captions")
+    index = PreparedSet.open(tmp_path).index("captions")
+    room = memoryview(bytearray(shard.room(7) + shard.room(1) + shard.room(4)))
+    overwrite(path, begin_of(path, 1), struct.pack("<I", 5000))
+    with pytest.raises(DataError, match=r"row 1 has \d+ bytes, its columns \d+"):
+        shard.read_first(1, room)
+    with pytest.raises(DataError, match="there is no row 8 among 8"):
+        shard.read_first(8, room)
+    os.truncate(path, path.stat().st_size - 3)
+    with pytest.raises(DataError, match=r"row 7: \d+ bytes instead of \d+"):
+        shard.read_first(7, room)
+    for bad in (
+        begin_of(path, 4) + 9,
+        begin_of(path, 4) - 9,
+    ):  # a row that is too short, and one that ends before it begins
+        overwrite(path, 4 + 4 * 5, struct.pack("<I", bad))
+        damaged = OpenShard(os.open(path, os.O_RDONLY), index, 0, path)
+        with pytest.raises(DataError, match=r"row 4 has -?9 bytes, its columns \d+"):
+            damaged.read_first(4, room[: damaged.room(4)])
 
 
 def descriptors_in(folder: Path) -> list[str]:

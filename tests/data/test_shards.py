@@ -226,7 +226,7 @@ def other_columns(value: Any) -> Any:
         (
             "captions/index.json",
             other_columns,
-            "the shards have the columns padding, caption, .* instead of align, caption",
+            "the shards have the columns padding, caption_embeds, .* instead of align, caption_embeds",
         ),
     ],
 )

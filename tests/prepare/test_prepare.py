@@ -109,7 +109,7 @@ def test_everything_that_a_picture_has_is_in_the_set(pictures: Path, made: Path)
         texts, images = opened.source("captions", None).open(group), opened.source("48-buckets", None).open(group)
         for place in range(count):
             said, shown = texts.read(place), images.read(place)
-            name, words = bytes(said["name"]).decode(), bytes(said["caption"]).decode()
+            name, words = bytes(said["name"]).decode(), bytes(said["caption_text"]).decode()
             seen.append(name)
             assert words == (pictures / name).with_suffix(".txt").read_text().strip()
             label = int.from_bytes(said["class_label"], "little", signed=True)
@@ -138,7 +138,7 @@ def test_the_table_has_a_line_for_each_row(made: Path) -> None:
     assert [row["id"] for row in table] == list(range(30))
     for row in table:
         text = opened.source("captions", None).open(row["shard"]).read(row["row"])
-        assert (bytes(text["name"]).decode(), bytes(text["caption"]).decode()) == (row["name"], row["caption"])
+        assert (bytes(text["name"]).decode(), bytes(text["caption_text"]).decode()) == (row["name"], row["caption"])
         assert len(text["caption_embeds"]) == 2 * 64 * row["num_tokens"]
         assert (row["part"], row["partition"]) == (opened.parts[row["shard"]], opened.partitions[row["shard"]])
         image = opened.source("40-buckets", None).open(row["shard"]).read(row["row"])
@@ -178,7 +178,7 @@ def features_of(path: Path) -> dict[str, set[bytes]]:
     for group, count in enumerate(opened.counts):
         for row in range(count):
             said = opened.source("captions", None).open(group).read(row)
-            found.setdefault(bytes(said["caption"]).decode(), set()).add(bytes(said["caption_embeds"]))
+            found.setdefault(bytes(said["caption_text"]).decode(), set()).add(bytes(said["caption_embeds"]))
     return found
 
 

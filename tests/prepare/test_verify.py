@@ -236,10 +236,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
         lambda m: change_column(m, "captions", 0, 1, "class_label", b"\2"), "class", "there are 2 classes", "row 1",
     ),
     "another caption": (
-        lambda m: change_column(m, "captions", 0, 1, "caption", b"Picture"), "caption", "'Picture 1'", "row 1",
+        lambda m: change_column(m, "captions", 0, 1, "caption_text", b"Picture"), "caption", "'Picture 1'", "row 1",
     ),
     "letters that are none": (
-        lambda m: change_column(m, "captions", 0, 1, "caption", b"\xff"), "caption", "not UTF-8", "row 1",
+        lambda m: change_column(m, "captions", 0, 1, "caption_text", b"\xff"), "caption", "not UTF-8", "row 1",
     ),
     "another name": (
         lambda m: change_column(m, "captions", 0, 1, "name", b"P"), "name", "'Pictures/1.png'", "row 1",
