@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ class Buffer:
     def take(self, *wanted: tuple[torch.dtype, tuple[int, ...]]) -> list[torch.Tensor]:
         """Tensors of these dtypes and shapes, one behind the other; their content is whatever was there."""
         sizes = [_bytes_of(dtype, shape) for dtype, shape in wanted]
-        starts = np.cumsum([0, *(-(-size // 64) * 64 for size in sizes)]).tolist()
+        starts = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
         if len(self._whole) < starts[-1]:
             self._whole = torch.empty(starts[-1] * 5 // 4, dtype=torch.uint8, pin_memory=self._pinned)
         return [
@@ -97,7 +98,7 @@ class Buffer:
 
 
 def _bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape)) * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -244,3 +244,24 @@ def test_batches_move_to_a_device_whole(made: PreparedSet) -> None:
     moved = steps(made, 1)[0][0].to(torch.device("meta"))
     assert {tensor.device.type for tensor in vars(moved).values() if isinstance(tensor, torch.Tensor)} == {"meta"}
     assert isinstance(moved.sample_ids, np.ndarray)
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_what_a_cpu_gets_however_late_its_copies_are(made: PreparedSet) -> None:
+    """Buffers are pinned, and are not read to again before they have been copied."""
+    wanted = [by_sample(step) for step in steps(made)]
+    found: list[list[MicroBatch]] = []
+    with loader_of(made, device="cuda") as loader:
+        for at in loader.steps(0, 8 * BATCH):
+            found.append([])
+            for batch in loader.micro_batches(at):
+                assert all(tensor.is_cuda for tensor in vars(batch).values() if isinstance(tensor, torch.Tensor))
+                found[-1].append(batch)
+                torch.cuda._sleep(20_000_000)  # some 10 ms, which the next copies stand behind
+        buffers = [*loader._free, *(buffer for buffer, _ in loader._lent)]
+        assert any(len(buffer._whole) for buffer in buffers)
+        assert all(buffer._whole.is_pinned() for buffer in buffers if len(buffer._whole))
+    assert [by_sample([batch._mapped(torch.Tensor.cpu) for batch in step]) for step in found] == wanted
