@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,13 @@ def write_new(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> N
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def held(path: Path, what: str, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Holds a file's lock, which the kernel frees with this process, whatever becomes of it. The file stays.
 
     Args:
         path: Of the lock's file; it says who holds it.
         what: For the error, for example `the plan of this set`.
-        wait: Until another process that holds it is done.
+        waiting: Called with who holds it before this process waits; None: it does not wait.
 
     Raises:
         MachineError: Another process holds it, and this one does not wait.
@@ -128,14 +128,14 @@ def held(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as cause:
             file.seek(0)
-            raise MachineError(
-                f"another process has {what} in hand: {file.read().strip() or 'it does not say which'}",
-                where=path,
-                remedy="wait for it, or end it first",
-            ) from cause
+            told = f"another process has {what} in hand: {file.read().strip() or 'it does not say which'}"
+            if waiting is None:
+                raise MachineError(told, where=path, remedy="wait for it, or end it first") from cause
+            waiting(told)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -166,7 +166,7 @@ class Fault:
         kind: Of KINDS.
         step: It is due when this step has been trained …
         after_s: … and this many seconds have passed. If `at_once`: so long after the fault before it, if that is earlier.
-        at_once: It meets the recovery from the fault before it.
+        at_once: As a rule it meets the recovery from the fault before it.
         whom: In [0, 1): which rank, file, byte.
         seconds: How long a store is away.
     """

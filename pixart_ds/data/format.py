@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 2
+FORMAT = 3
 ALIGNMENT = 64
 """Bytes: the large column of each sample begins at a multiple of this in its file. The kernel copies from there to memory that is
 aligned likewise 1.4 times as fast."""

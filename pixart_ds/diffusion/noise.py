@@ -60,7 +60,7 @@ def draw_all(
     """The same for several (sample id, visit) of one shape: the normals of all are made together, which is faster.
 
     Args:
-        into: Memory (n, C, h, w) fp32 for their latent noise, and for their noise.
+        into: Contiguous memory (n, C, h, w) fp32 for their latent noise, and for their noise; the draws' arrays are views of it.
     """
     key, count = key_of("draws", seed, stage), math.prod(shape)
     places = into or (torch.empty(len(samples), *shape), torch.empty(len(samples), *shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pixart_ds import files
@@ -11,6 +12,9 @@ from pixart_ds.encoders.captions import Captioner
 from pixart_ds.plan.random import key_of
 from pixart_ds.prepare.encode import PictureReader
 from pixart_ds.prepare.items import Rejected
+
+_LOOKED_AFTER = 64
+"""So few files that seem to be missing are looked for by name: a network file system's listing may be a minute old."""
 
 
 class CaptionFiles:
@@ -29,7 +33,10 @@ class CaptionFiles:
     def missing(self, parts: Iterable[int]) -> list[int]:
         """Those of the parts whose captions are not written yet."""
         names = set(os.listdir(self.folder)) if self.folder.exists() else set()
-        return [part for part in parts if self._path(part).name not in names]
+        missing = [part for part in parts if self._path(part).name not in names]
+        if len(missing) > _LOOKED_AFTER:
+            return missing
+        return [part for part in missing if not self._path(part).exists()]
 
     def read(self, part: int) -> tuple[dict[str, str], list[Rejected]]:
         """The captions of a part by picture, and the pictures that have none."""
@@ -39,7 +46,8 @@ class CaptionFiles:
     def write(self, part: int, captions: dict[str, str], rejected: list[Rejected]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         left_out = [{"name": each.name, "kind": each.kind, "reason": each.reason} for each in rejected]
-        files.write_json(self._path(part), {"captions": captions, "rejected": left_out})
+        with suppress(FileExistsError):  # where locks do not reach: the first counts
+            files.write_new(self._path(part), [files.json_bytes({"captions": captions, "rejected": left_out})])
 
 
 def caption_parts(

@@ -146,9 +146,9 @@ class CaptionFeatures:
         from safetensors import safe_open
         from safetensors.numpy import save
 
-        path = self._folder / f"batch-{batch:06d}.safetensors"
+        path = self._folder / self._repeated.key / f"batch-{batch:06d}.safetensors"
         if not path.exists():
-            self._folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             texts = self._repeated.batch(batch)
             starts = range(0, len(texts), self._batch_size)  # which may be smaller than when they were listed
             made = [each for start in starts for each in self._text.encode(texts[start : start + self._batch_size])]

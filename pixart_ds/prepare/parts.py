@@ -21,6 +21,7 @@ import numpy.typing as npt
 from pixart_ds import files
 from pixart_ds.config.load import fingerprint
 from pixart_ds.config.schema import PrepareConfig
+from pixart_ds.data.format import FORMAT
 from pixart_ds.plan.buckets import nearest_of
 from pixart_ds.plan.random import key_of, permutation, raw_words
 from pixart_ds.prepare.items import Item, Place
@@ -70,8 +71,8 @@ class Plan:
         return str(self.about["fingerprint"])
 
     def key(self, config: PrepareConfig) -> str:
-        """Of the rows and of all that decides what is written of them: parts of another key are never joined with these."""
-        return fingerprint([self.fingerprint, {**decisions(config), "source": None}])
+        """Of the rows and of all that decides what is written of them and how: parts of another key are never joined with these."""
+        return fingerprint([FORMAT, self.fingerprint, {**decisions(config), "source": None}])
 
     def items(self, part: int) -> list[Item]:
         """The pictures of one part, in the sequence of its rows."""

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from pixart_ds.data.store import exists, is_remote, open_store
 from pixart_ds.data.target import open_target
 from pixart_ds.data.writer import parts_done
 from pixart_ds.errors import DataError, MachineError
-from pixart_ds.log import Work, duration
+from pixart_ds.log import Log, Work, duration
 from pixart_ds.plan.buckets import PAPER_RATIOS
 from pixart_ds.prepare import finish, workers
 from pixart_ds.prepare.caption import CaptionFiles
@@ -175,9 +176,7 @@ def _prepare(config: PrepareConfig, only: Phase | None, task: Task | None, proce
         _scan(config, work, processes)  # no more than a look whether the source is still the same
     plan = Plan.open(work / "plan")
     _check_parts(config, plan)
-    written = 0
-    if only != "finish" and len(parts_done(open_target(config.output))) < plan.num_parts:
-        written = _write(config, work, plan, only, task, processes, device)
+    written = 0 if only == "finish" else _write(config, work, plan, only, task, processes, device)
     return _finish(config, work, plan, only, written, device, began)
 
 
@@ -328,7 +327,7 @@ def _check_parts(config: PrepareConfig, plan: Plan) -> None:
     marker = files.parse_json(open_store(config.output).read(name), Path(name))
     if marker.get("plan") != plan.key(config):
         raise DataError(
-            "the output holds parts of other pictures or of another recipe",
+            "the output holds parts of other pictures, of another recipe, or of another version of this program",
             where=config.output,
             remedy="choose another output, for example the next version; nothing was changed in this one",
         )
@@ -362,6 +361,8 @@ def _write(
 ) -> int:
     """Captions and parts, all or a task's; how many parts were written."""
     parts = share(plan.num_parts, *((task.number, task.count) if task else (0, 1)))
+    if not _unwritten(config, parts):
+        return 0
     label = f"task-{task.number}-of-{task.count}" if task else "all"
     if only in (None, "caption") and config.captions.captioner != "source":
         if only is None:
@@ -376,6 +377,11 @@ def _write(
         return 0
     with _in_hand(work, f"encode-{label}", f"parts of share {task or 'all'}"):
         return _encode(config, work, plan, parts, processes, device, label)
+
+
+def _unwritten(config: PrepareConfig, parts: range) -> list[int]:
+    written = parts_done(open_target(config.output))
+    return [part for part in parts if part not in written]
 
 
 def _caption(config: PrepareConfig, work: Path, plan: Plan, parts: range, processes: int, device: str) -> None:
@@ -413,7 +419,10 @@ def _find_repeated(config: PrepareConfig, work: Path, plan: Plan) -> None:
             return plan.captions(part)
         return list(written.read(part)[0].values())
 
-    with files.held(work / "locks/repeated", "the list of repeated captions", wait=True):
+    def wait(told: str) -> None:
+        Log("prepare", sys.stderr).event(f"waiting: {told}")
+
+    with files.held(work / "locks/repeated", "the list of repeated captions", waiting=wait):
         if not (work / REPEATED).exists():
             with Work("compare captions", plan.num_parts, "parts") as shown:
                 write_repeated(work / REPEATED, captions_of, plan.num_parts, config.batch_size, shown.advance)
@@ -423,8 +432,7 @@ def _encode(
     config: PrepareConfig, work: Path, plan: Plan, parts: range, processes: int, device: str, label: str
 ) -> int:
     """How many parts were written."""
-    numbers = parts_done(open_target(config.output))
-    todo = [part for part in parts if part not in numbers]
+    todo = _unwritten(config, parts)
     if not todo:
         return 0
     others = 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from functools import cached_property
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,43 +18,39 @@ REPEATED = "repeated.parquet"
 
 
 class RepeatedCaptions:
-    """Captions that several pictures share, a row group for each batch that encodes them.
+    """Captions that several pictures share, by the batches that encode them.
 
     Args:
         path: Of the file that `write_repeated` wrote.
+
+    Attributes:
+        key: Of the captions and their batches.
+        places: For each caption the batch that encodes it, and its place in that.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @cached_property
-    def _file(self) -> Any:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.ParquetFile(self._path)
-
-    @cached_property
-    def places(self) -> dict[str, tuple[int, int]]:
-        """For each caption the batch that encodes it, and its place in that."""
-        return {
-            text: (batch, place)
-            for batch in range(self._file.num_row_groups)
-            for place, text in enumerate(self.batch(batch))
-        }
+        content = path.read_bytes()
+        self.key = xxhash.xxh3_64_hexdigest(content)
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
+            self._captions: list[str] = file.read()["caption"].to_pylist()
+            self._batch_size = file.metadata.row_group(0).num_rows if self._captions else 1
+        self.places = {text: divmod(number, self._batch_size) for number, text in enumerate(self._captions)}
 
     def batch(self, number: int) -> list[str]:
         """Captions that are encoded together, so that each one's features are the same wherever it stands."""
-        captions: list[str] = self._file.read_row_group(number)["caption"].to_pylist()
-        return captions
+        return self._captions[number * self._batch_size : (number + 1) * self._batch_size]
 
 
 def write_repeated(
     path: Path, captions_of: Callable[[int], list[str]], parts: int, batch: int, tell: Callable[[], None]
 ) -> None:
-    """Lists the captions that more than one picture has; those of about one length stand in one batch.
+    """Lists the captions that more than one picture has; those of about one length stand in one batch, a row group of the file.
 
     Args:
-        path: Of the file; another process that writes it at the same time writes the same.
+        path: Of the file; one that another process has written meanwhile stays.
         captions_of: Gives the captions of a part.
         parts: How many there are.
         batch: Captions that are encoded together.
@@ -67,7 +62,8 @@ def write_repeated(
     captions = sorted(repeated_texts(captions_of, parts, tell), key=lambda text: (len(text), text))
     content = pa.BufferOutputStream()
     pq.write_table(pa.table({"caption": pa.array(captions, pa.string())}), content, row_group_size=batch)
-    files.write_durable(path, [memoryview(content.getvalue())])
+    with suppress(FileExistsError):
+        files.write_new(path, [memoryview(content.getvalue())])
 
 
 def repeated_texts(read: Callable[[int], list[str]], pieces: int, tell: Callable[[], None] = lambda: None) -> list[str]:

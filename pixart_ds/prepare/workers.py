@@ -158,6 +158,7 @@ class _Worker:
         """Notes captioner, set and conditions."""
         if self._config.captions.captioner != "source":
             _ = self._captioner
+            del self._captioner  # so that it is never in memory beside the encoders
         _ = self._encoders
 
     # ---- captions --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from pixart_ds.prepare.pipeline import prepare
 from tests.prepare.test_prepare import ENCODERS, config_of, content, overrides, own_captioners
 
 pytestmark = pytest.mark.e2e
-RESTARTS = 50
 
 _SERVER = """
 import os, random, signal, sys, time
@@ -54,18 +53,23 @@ while True:
 """
 
 
-def test_fifty_kills_at_random_moments_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("captioner", "restarts"), [("own", 50), ("source", 20)])
+def test_kills_at_random_moments_change_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, captioner: str, restarts: int
+) -> None:
     """While pictures are listed, described and encoded."""
     monkeypatch.syspath_prepend(tmp_path)
     write_pictures(tmp_path / "pictures", 160, seed=3)
-    more = (f"{own_captioners(tmp_path)}:Few", "rows_per_group=2")
+    more = ["rows_per_group=2"]
+    if captioner == "own":
+        more.append(f"{own_captioners(tmp_path)}:Few")
     began = time.monotonic()
     prepare(config_of(tmp_path / "pictures", tmp_path / "whole", *more))
     seconds = time.monotonic() - began
     sets = [word for each in overrides(tmp_path / "pictures", tmp_path / "SET", *more) for word in ("--set", each)]
     command = ["prepare", "smoke/prepare", *sets]
     # every start does some of it, and few do all
-    about = (command, str(tmp_path), RESTARTS, max(0.5, seconds / 12))
+    about = (command, str(tmp_path), restarts, max(0.5, seconds / 12))
     answer = subprocess.run(
         [sys.executable, "-c", _SERVER],
         input=repr(about),
@@ -78,7 +82,7 @@ def test_fifty_kills_at_random_moments_change_no_byte(tmp_path: Path, monkeypatc
     log = (tmp_path / "log.txt").read_text()
     assert answer.returncode == 0, f"{answer.stdout}{answer.stderr}\n{log[-3000:]}"
     killed, finished = map(int, answer.stdout.split())
-    assert killed == RESTARTS
+    assert killed == restarts
     for number in range(finished):
         made = tmp_path / f"set-{number}"
         assert content(made) == content(tmp_path / "whole")

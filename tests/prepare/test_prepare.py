@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,10 +25,12 @@ from pixart_ds.encoders.clean import clean_caption
 from pixart_ds.encoders.latents import KLEncoder
 from pixart_ds.encoders.text import T5Encoder
 from pixart_ds.errors import ConfigError, DataError, MachineError
-from pixart_ds.prepare.parts import decisions
+from pixart_ds.prepare import parts, pipeline
+from pixart_ds.prepare.encode import CaptionFeatures
+from pixart_ds.prepare.parts import Plan, decisions
 from pixart_ds.prepare.pictures import load_cut
 from pixart_ds.prepare.pipeline import Task, dry_run, plan_of, prepare, words_of, work_folder
-from pixart_ds.prepare.repeated import REPEATED, RepeatedCaptions
+from pixart_ds.prepare.repeated import REPEATED, RepeatedCaptions, write_repeated
 from tests.helpers.disk import small_disk
 
 ENCODERS = Path(__file__).resolve().parents[2] / "pixart_ds/demo/encoders"
@@ -548,16 +553,78 @@ def test_what_a_captioner_says_of_pictures_of_several_parts_is_encoded_once(
     assert content(tmp_path / "set") == content(tmp_path / "whole")
 
 
-def test_the_list_of_repeated_captions_is_waited_for(pictures: Path, tmp_path: Path) -> None:
-    """Tasks of an array begin at once; one of them writes it."""
+def test_the_list_of_repeated_captions_is_made_once_and_waited_for(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks of an array begin at once."""
     config = config_of(pictures, tmp_path / "set")
     prepare(config, only="scan")
-    written = (work_folder(config) / REPEATED).read_bytes()
-    (work_folder(config) / REPEATED).unlink()
-    with ThreadPoolExecutor(1) as pool, files.held(work_folder(config) / "locks/repeated", "it"):
-        task = pool.submit(prepare, config, task=Task(0, 2))
-        with pytest.raises(TimeoutError):
-            task.result(1.5)
-        assert not (work_folder(config) / REPEATED).exists()
-    assert task.result().parts_left
-    assert (work_folder(config) / REPEATED).read_bytes() == written
+    listed = work_folder(config) / REPEATED
+    before = listed.read_bytes()
+    listed.unlink()
+    calls: list[Path] = []
+    write = pipeline.write_repeated
+    monkeypatch.setattr(pipeline, "write_repeated", lambda path, *more: calls.append(path) or write(path, *more))
+    said, until = "", time.monotonic() + 30
+    with ThreadPoolExecutor(2) as pool:
+        with files.held(work_folder(config) / "locks/repeated", "it"):
+            tasks = [pool.submit(prepare, config, task=Task(number, 2)) for number in range(2)]
+            while (
+                said.count(f"waiting: another process has the list of repeated captions in hand: process {os.getpid()}")
+                < 2
+            ):
+                assert time.monotonic() < until, said
+                time.sleep(0.02)
+                said += capsys.readouterr().err
+            assert not listed.exists()
+        assert sum(task.result().parts_written for task in tasks) == Plan.open(work_folder(config) / "plan").num_parts
+    assert calls == [listed]
+    assert listed.read_bytes() == before
+
+
+def test_features_belong_to_the_list_that_they_were_made_by(tmp_path: Path) -> None:
+    """Where no lock reaches, tasks may see one list after the other."""
+
+    class Words:
+        max_tokens = 9
+
+        def encode(self, captions: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+            return [np.full((1, 2), ord(caption[0]), np.float16) for caption in captions]
+
+        def num_tokens(self, captions: Sequence[str]) -> list[int]:
+            return [1 for _ in captions]
+
+    for number, batch in enumerate((4, 2, 3)):
+        listed = tmp_path / f"{number}"
+        write_repeated(listed, lambda _: list("abcdefg"), 2, batch, lambda: None)
+        write_repeated(listed, lambda _: list("xyz"), 2, 1, lambda: None)  # another process, later
+        features = CaptionFeatures(Words(), RepeatedCaptions(listed), 8, tmp_path / "features")  # type: ignore[arg-type]
+        made, truncated = features.of(list("gxabdec"))
+        assert [chr(int(each[0, 0])) for each in made] == list("gxabdec")
+        assert not any(truncated)
+    assert len(list((tmp_path / "features").iterdir())) == 3
+
+
+def test_parts_of_another_version_are_not_gone_on_with(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    prepare(config, task=Task(0, 2))
+    monkeypatch.setattr(parts, "FORMAT", 99)
+    with pytest.raises(DataError, match="or of another version of this program"):
+        prepare(config)
+
+
+def test_a_share_that_is_done_needs_no_captions(pictures: Path, tmp_path: Path, mine: str) -> None:
+    """The work folder was lost when others had still to write."""
+    config = config_of(pictures, tmp_path / "set", f"{mine}:Few", f"work={tmp_path / 'work'}")
+    prepare(config, only="scan")
+    prepare(config, only="caption")
+    prepare(config, task=Task(0, 2))
+    subprocess.run(["rm", "-r", str(tmp_path / "work")], check=True)
+    prepare(config, only="scan")
+    assert prepare(config, task=Task(0, 2)).parts_written == 0
+    with pytest.raises(DataError, match="have no captions yet"):
+        prepare(config, task=Task(1, 2))
+    assert prepare(config).finished

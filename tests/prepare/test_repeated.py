@@ -58,5 +58,7 @@ def test_each_has_a_place_among_those_of_its_length(tmp_path: Path) -> None:
     found = RepeatedCaptions(tmp_path / "found")
     assert found.places == {"a": (0, 0), "bb": (0, 1), "ccc": (0, 2), "dddd": (1, 0)}
     assert [found.batch(number) for number in (0, 1)] == [["a", "bb", "ccc"], ["dddd"]]
+    write_repeated(tmp_path / "found", pieces.__getitem__, 1, 3, lambda: None)
+    assert RepeatedCaptions(tmp_path / "found").places == found.places, "what another process wrote stays"
     write_repeated(tmp_path / "none", pieces.__getitem__, 1, 3, lambda: None)
     assert RepeatedCaptions(tmp_path / "none").places == {}

@@ -1,4 +1,4 @@
-"""On a real Slurm: a set is prepared by arrays whose tasks are requeued in the middle, as the runbook says it."""
+"""On a real Slurm: a set is prepared by arrays, a task of which is requeued in the middle, as the runbook says it."""
 
 from __future__ import annotations
 

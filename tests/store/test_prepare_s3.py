@@ -59,7 +59,7 @@ def test_a_set_in_the_store_is_the_set_in_a_folder(s3: S3Server, bucket: str, pi
         with pytest.raises(DataError, match="begun with another recipe"):
             prepare(config_of(pictures, url, *more, change))
         shutil.rmtree(tmp_path / "work")
-        with pytest.raises(DataError, match="holds parts of other pictures or of another recipe"):
+        with pytest.raises(DataError, match="holds parts of other pictures, of another recipe"):
             prepare(config_of(pictures, url, *more, change))
         shutil.rmtree(tmp_path / "work")
         prepare(config)
