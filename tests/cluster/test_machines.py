@@ -54,6 +54,7 @@ class Leader:
     def __init__(self, stage: StageLayout, script: str = "done", **more: Any) -> None:
         self.stage, self.said = stage, io.StringIO()
         self.wires: list[Wire] = []
+        self.started: list[MachinesRanks] = []
         local = LocalLauncher(1, extra=("--script", script), command=FAKE)
         log = Log("stage1", self.said)
         self.launcher = MachinesLauncher(local, stage, "cpu", LOOPBACK, log, **more)
@@ -65,9 +66,9 @@ class Leader:
     def start(self, launch: int = 1) -> MachinesRanks:
         attempt = self.stage.attempt(1)
         attempt.root.mkdir(parents=True, exist_ok=True)
-        return self.launcher.start(
-            LaunchRequest(self.stage.root.parent, "stage1", attempt, launch, "cpu"), io.StringIO()
-        )
+        request = LaunchRequest(self.stage.root.parent, "stage1", attempt, launch, "cpu")
+        self.started.append(self.launcher.start(request, io.StringIO()))
+        return self.started[-1]
 
     def connect(self) -> Wire:
         return Wire(socket.create_connection((self.launcher.address.host, self.launcher.address.port)))
@@ -80,10 +81,13 @@ class Leader:
         return wire
 
     def close(self, code: int = 0) -> None:
-        """Ends, the machines that are the test first: they do not listen."""
+        """Ends, the machines that are the test first: they do not listen. No rank of this machine is left."""
         for wire in self.wires:
             wire.close()
         self.launcher.close(code)
+        for ranks in self.started:
+            ranks._local.send(signal.SIGKILL)
+        until(lambda: not any(ranks._local.alive() for ranks in self.started))
 
     def killed(self) -> None:
         """As the kernel closes what a killed leader leaves: its port, and its connections."""

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from pixart_ds.cli import main
 from pixart_ds.config.load import load_prepare
+from pixart_ds.data.format import FORMAT
 from pixart_ds.data.mds import ShardIndex
 from pixart_ds.data.writer import fingerprint_of
 from pixart_ds.demo.pictures import write_pictures
@@ -438,7 +439,7 @@ def test_where_nothing_can_be_compared_that_is_said(made: Path, tmp_path: Path) 
     manifest(made, format=99)
     with pytest.raises(DataError, match="format 99"):
         verify(made)
-    manifest(made, format=2, description={"ratios": [1.0]})
+    manifest(made, format=FORMAT, description={"ratios": [1.0]})
     with pytest.raises(DataError, match="is none that `prepare` writes"):
         verify(made)
 
