@@ -70,7 +70,7 @@ def draw_all(
         for number, sample in enumerate(samples):
             words[number] = raw_words(key, (*sample, purpose), words.shape[1])
         normals(words, place.view(-1, count))
-        first_words = words[:, 0].tolist()
+        first_words = words[:, 0].tolist()  # the noise's come last
     draws = []
     for number, (sample, latent_noise, noise) in enumerate(
         zip(samples, *(place.numpy() for place in places), strict=True)

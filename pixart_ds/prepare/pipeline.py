@@ -361,7 +361,8 @@ def _write(
 ) -> int:
     """Captions and parts, all or a task's; how many parts were written."""
     parts = share(plan.num_parts, *((task.number, task.count) if task else (0, 1)))
-    if not _unwritten(config, parts):
+    # captions are needed of whatever part, as long as one is to be encoded
+    if not _unwritten(config, range(plan.num_parts) if only == "caption" else parts):
         return 0
     label = f"task-{task.number}-of-{task.count}" if task else "all"
     if only in (None, "caption") and config.captions.captioner != "source":

@@ -627,4 +627,6 @@ def test_a_share_that_is_done_needs_no_captions(pictures: Path, tmp_path: Path, 
     assert prepare(config, task=Task(0, 2)).parts_written == 0
     with pytest.raises(DataError, match="have no captions yet"):
         prepare(config, task=Task(1, 2))
-    assert prepare(config).finished
+    for number in range(2):
+        prepare(config, only="caption", task=Task(number, 2))
+    assert prepare(config, task=Task(1, 2)).finished
