@@ -192,11 +192,15 @@ stop() {
 }
 
 crash() {
-  local node=$1 doomed
-  doomed=$(cat "$root/run/slurmd.$node.pid")
-  doomed+=" $(ss -xlpH 2>/dev/null | grep -F "$root/spool/$node/" | grep -o 'pid=[0-9]*' | cut -d= -f2 | sort -u | tr '\n' ' ')"
+  local node=$1 daemons
+  daemons=$(cat "$root/run/slurmd.$node.pid")
+  daemons+=" $(ss -xlpH 2>/dev/null | grep -F "$root/spool/$node/" | grep -o 'pid=[0-9]*' | cut -d= -f2 | sort -u | tr '\n' ' ')"
+  # A dead machine's processes end in one moment; killed one by one, some would react: an srun has a child that kills the step if the
+  # srun is gone. So all stop first, and children end before their parents: the kernel wakes a stopped one that becomes an orphan.
   # shellcheck disable=SC2046,SC2086
-  kill -9 $doomed $(ours "$node") 2>/dev/null || true
+  kill -STOP $daemons $(ours "$node") 2>/dev/null || true
+  # shellcheck disable=SC2046,SC2086
+  kill -9 $(ps -o pid= --sort=-start_time,-pid -p "$(echo $daemons $(ours "$node") | tr ' ' ,)") 2>/dev/null || true
 }
 mute() { kill -9 "$(cat "$root/run/slurmd.$1.pid")"; }
 revive() { slurmd -N "$1"; }
