@@ -18,6 +18,8 @@ from pixart_ds.errors import DataError, MachineError, PixArtError
 _CHUNK_BYTES = 1 << 24
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems answer that know no hard links."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What they answer that know no locks."""
 
 
 def disk_error(error: OSError, folder: Path) -> MachineError | None:
@@ -123,7 +125,7 @@ def held(path: Path, what: str, *, waiting: Callable[[str], None] | None = None)
         waiting: Called with who holds it before this process waits; None: it does not wait.
 
     Raises:
-        MachineError: Another process holds it, and this one does not wait.
+        MachineError: Another process holds it, and this one does not wait; or the file system knows no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
@@ -136,6 +138,14 @@ def held(path: Path, what: str, *, waiting: Callable[[str], None] | None = None)
                 raise MachineError(told, where=path, remedy="wait for it, or end it first") from cause
             waiting(told)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as cause:
+            if cause.errno not in _NO_LOCKS:
+                raise
+            raise MachineError(
+                f"this file system has no locks, by which processes tell each other who has {what} in hand",
+                where=path,
+                remedy="name a folder on one that has: NFS does, and Lustre that is mounted with the option flock",
+            ) from cause
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

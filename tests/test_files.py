@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pixart_ds import files
-from pixart_ds.errors import CheckpointError, DataError
+from pixart_ds.errors import CheckpointError, DataError, MachineError
 
 
 def test_write_durable_replaces_the_file_and_leaves_no_temporary_one(tmp_path: Path) -> None:
@@ -122,3 +124,16 @@ def test_two_processes_never_take_the_same_number(tmp_path: Path) -> None:
     numbers = [int(word) for process in processes for word in process.communicate()[0].split()]
     assert sorted(numbers) == list(range(1, 61))
     assert os.path.isdir(tmp_path / "0060")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with (
+        pytest.raises(MachineError, match="no locks, .* who has the plan in hand") as caught,
+        files.held(tmp_path / "a", "the plan"),
+    ):
+        pass
+    assert "Lustre" in str(caught.value)

@@ -260,14 +260,17 @@ class Models:
         from diffusers import AutoencoderKL
         from transformers import T5EncoderModel
 
-        def vae(*_: Any, torch_dtype: torch.dtype) -> Any:
-            self.loads["vae"] += 1
-            return copy.deepcopy(self.vae).to(torch_dtype)
+        whole: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}
 
-        def text(*_: Any, dtype: torch.dtype) -> Any:
+        def vae(*_: Any, torch_dtype: torch.dtype, output_loading_info: bool = False) -> Any:
+            self.loads["vae"] += 1
+            made = copy.deepcopy(self.vae).to(torch_dtype)
+            return (made, whole) if output_loading_info else made
+
+        def text(*_: Any, dtype: torch.dtype, output_loading_info: bool = False) -> Any:
             assert dtype == next(self.text.parameters()).dtype, "the text encoder is asked for in another precision"
             self.loads["text"] += 1
-            return self.text
+            return (self.text, whole) if output_loading_info else self.text
 
         with replaced(AutoencoderKL, "from_pretrained", vae), replaced(T5EncoderModel, "from_pretrained", text):
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -567,6 +568,12 @@ class PrepareConfig(Section):
         problems = []
         if self.output.startswith("s3://") and self.work is None:
             problems.append("work must name a folder that all processes see, since output is an object store")
+        if self.work is not None and not self.output.startswith("s3://"):
+            inside = os.path.relpath(self.work, self.output).split(os.sep)[0]
+            if inside in (".", "captions", "parts") or inside.startswith("latents-"):
+                problems.append(
+                    f"work {self.work} is where the set itself is written; name another folder, or leave it out"
+                )
         if self.captions.captioner == "llava" and self.captions.model is None:
             problems.append("captions.model must name a LLaVA, a folder or a hub name")
         if self.ratios != "paper" and list(self.ratios) != sorted(set(self.ratios)):

@@ -99,6 +99,12 @@ class SetDescription(BaseModel):
     vae_precision: str = "fp32"
     text_precision: str = "fp32"
 
+    @property
+    def encoders(self) -> dict[str, str]:
+        """Which weights made the rows: what every part's marker says."""
+        names = ("vae_fingerprint", "text_fingerprint", "captioner")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Row:

@@ -138,6 +138,7 @@ class SetWriter:
             "partition": partition,
             "count": len(rows),
             "plan": self.plan,
+            "encoders": self.description.encoders,
             "shards": shards,
             "skipped": list(skipped),
             "caption_squares": squares,
@@ -237,20 +238,40 @@ class SetWriter:
         """The markers of all parts that are whole, by number.
 
         Raises:
-            DataError: A part is of another plan.
+            DataError: A part is of another plan, or by other encoders.
         """
         parts = iter(sorted(self.parts_done()))
         with ThreadPoolExecutor(_READERS, "markers") as pool:
             # not far ahead: they hold the captions of all rows
             ahead = iter(lambda: list(itertools.islice(parts, 4 * _READERS)), [])
             for marker in itertools.chain.from_iterable(pool.map(self._marker, some) for some in ahead):
-                if marker["plan"] != self.plan:
-                    raise DataError(
-                        f"part {marker['part']} was written for another plan",
-                        where=self.target.url,
-                        remedy="prepare into a new output; nothing was changed in this one",
-                    )
+                self._check(marker)
                 yield marker
+
+    def check(self) -> None:
+        """Looks whether a part that is there, if there is one, was made as this writer makes them.
+
+        Raises:
+            DataError: It is of another plan, or by other encoders.
+        """
+        if there := self.parts_done():
+            self._check(self._marker(min(there)))
+
+    def _check(self, marker: Mapping[str, Any]) -> None:
+        if marker["plan"] != self.plan:
+            raise DataError(
+                f"part {marker['part']} was written for another plan",
+                where=self.target.url,
+                remedy="prepare into a new output; nothing was changed in this one",
+            )
+        before, ours = marker["encoders"], self.description.encoders
+        if changed := [name for name in ours if before.get(name) != ours[name]]:
+            raise DataError(
+                f"part {marker['part']} was made with other encoders: "
+                + ", ".join(f"{name} was {before.get(name)!r} and is {ours[name]!r}" for name in changed),
+                where=self.target.url,
+                remedy="take the same encoders, or choose another output; nothing was changed in this one",
+            )
 
     def _marker(self, part: int) -> dict[str, Any]:
         name = marker_name(part)

@@ -16,6 +16,7 @@ from PIL import Image
 from pixart_ds.compat import hide_broken_torchvision
 from pixart_ds.config.schema import CaptionsConfig
 from pixart_ds.encoders.fingerprint import PRECISIONS, encoder_folder, fingerprint
+from pixart_ds.encoders.loading import load_whole
 from pixart_ds.errors import ConfigError, DataError, MachineError
 
 ORIGINAL_FORM = 'Given the caption of this image "{original}", {prompt}'
@@ -80,11 +81,12 @@ class LlavaCaptioner:
         self._dtype = PRECISIONS[config.precision]
         try:
             self._processor = AutoProcessor.from_pretrained(folder)
-            self._model = AutoModelForImageTextToText.from_pretrained(folder, dtype=self._dtype).to(device).eval()
+            model = load_whole(AutoModelForImageTextToText.from_pretrained, folder, dtype=self._dtype)
         except (OSError, ValueError, KeyError) as cause:
             raise _no_llava(
                 config.model, str(cause).split("\n", 1)[0]
             ) from cause  # more lines name every model there is
+        self._model = model.to(device).eval()
         self._tokenizer: Any = getattr(self._processor, "tokenizer", None)
         if self._tokenizer is None or getattr(self._processor, "image_processor", None) is None:
             raise _no_llava(config.model, "its processor does not take pictures with text")

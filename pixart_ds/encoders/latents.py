@@ -11,6 +11,7 @@ import torch
 
 from pixart_ds.compat import hide_broken_torchvision
 from pixart_ds.encoders.fingerprint import FP16_MAX, PRECISIONS, Precision, encoder_folder, fingerprint
+from pixart_ds.encoders.loading import load_whole
 from pixart_ds.errors import ConfigError, DataError
 
 
@@ -82,7 +83,7 @@ class KLEncoder:
         logging.set_verbosity_error()
         folder = encoder_folder(name, "VAE")
         try:
-            vae = AutoencoderKL.from_pretrained(folder, torch_dtype=PRECISIONS[precision])
+            vae = load_whole(AutoencoderKL.from_pretrained, folder, torch_dtype=PRECISIONS[precision])
         except (OSError, ValueError) as cause:
             raise ConfigError(
                 f"no AutoencoderKL can be loaded from {name}: {cause}", remedy="give a diffusers VAE folder"

@@ -13,10 +13,15 @@ import torch
 
 from pixart_ds.compat import hide_broken_torchvision
 from pixart_ds.encoders.fingerprint import FP16_MAX, PRECISIONS, Precision, encoder_folder, fingerprint
+from pixart_ds.encoders.loading import load_whole
 from pixart_ds.errors import ConfigError, DataError
 
 _REMEMBERED_CAPTIONS = 1 << 14
 """Cleaned texts: a caller counts tokens of the captions that it encodes a moment later, and cleaning is slower than both."""
+
+
+_MODEL_TYPES = ("t5", "mt5")
+"""Not umt5, whose layers each have position biases of their own."""
 
 
 class TextEncoder(Protocol):
@@ -70,7 +75,7 @@ class T5Encoder:
         folder = encoder_folder(name, "text encoder")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder), padding_side="right")
-            model = T5EncoderModel.from_pretrained(folder, dtype=PRECISIONS[precision])
+            model = load_whole(T5EncoderModel.from_pretrained, folder, own="encoder.", dtype=PRECISIONS[precision])
         except (OSError, ValueError) as cause:
             raise ConfigError(
                 f"no T5 encoder with tokenizer can be loaded from {name}: {cause}", remedy="give a folder with both"
@@ -149,7 +154,10 @@ def text_facts(name: str) -> int:
     from transformers import AutoConfig
 
     try:
-        return int(AutoConfig.from_pretrained(encoder_folder(name, "text encoder")).d_model)
+        config = AutoConfig.from_pretrained(encoder_folder(name, "text encoder"))
+        if config.model_type not in _MODEL_TYPES:
+            raise ValueError(f"it is a {config.model_type}")
+        return int(config.d_model)
     except (OSError, ValueError, AttributeError) as cause:
         raise ConfigError(
             f"{name} is no T5 encoder: {cause}", where="text_encoder", remedy="give a folder with encoder and tokenizer"

@@ -75,8 +75,8 @@ def caption_parts(
             images, originals = [each.images[0] for each in batch], [each.item.caption for each in batch]
             answers = captioner.caption(images, originals, first + start)
             for picture, answer in zip(batch, answers, strict=True):
-                if answer:
-                    captions[picture.item.name] = answer
+                if told := answer.strip():
+                    captions[picture.item.name] = told
                 else:
                     rejected.append(Rejected(picture.item.name, "caption", "the model wrote nothing"))
         files_of.write(number, captions, rejected)

@@ -80,6 +80,11 @@ class RowFigures:
         return float((self.per_tokens * np.arange(len(self.per_tokens))).sum()) / max(1, self.samples)
 
     @property
+    def without_words(self) -> int:
+        """Rows whose caption has but the sign that ends each: it is empty, or cleaning left nothing of it."""
+        return int(self.per_tokens[:2].sum())
+
+    @property
     def most_tokens(self) -> int:
         return int(np.flatnonzero(self.per_tokens)[-1]) if self.samples else 0
 

@@ -87,8 +87,8 @@ def _write_skipped(config: PrepareConfig, work: Path, writer: SetWriter) -> dict
 # ---- the page -----------------------------------------------------------------------------------------------------------
 
 
-def write_summary(config: PrepareConfig, made: PreparedSet, seconds: float, device: str) -> str:
-    """Writes the set's page, if it is not there, and returns the same as text."""
+def write_summary(config: PrepareConfig, made: PreparedSet, seconds: float | None, device: str) -> str:
+    """Writes the set's page, if it is not there, and returns the same as text; `seconds` as in `Facts`."""
     there = exists(made.store, SUMMARY)
     totals = files.parse_json(made.store.read(MANIFEST), Path(MANIFEST))["totals"]
     with closing(RangeFile(made.store, ROWS)) as rows:

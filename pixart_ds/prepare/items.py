@@ -11,6 +11,15 @@ class BrokenPicture(Exception):
     """A picture that cannot be read or decoded; it is listed with the reason and left out."""
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: names on a disk and lines of a list may be any bytes, and JSON can hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a picture's bytes lie.

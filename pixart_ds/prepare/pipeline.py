@@ -192,6 +192,7 @@ def plan_of(config: PrepareConfig, work: Path, processes: int = 1) -> Plan:
                 remedy="start again to see what differs, or choose another output and work folder",
             )
         found = _scan(config, work, processes)
+        _say(f"plans which of {found.pictures} pictures make which part")
         source = open_source(config.source)
         keys = list(found.class_keys)
         return make_plan(
@@ -211,7 +212,13 @@ def plan_of(config: PrepareConfig, work: Path, processes: int = 1) -> Plan:
         )
 
 
+def _say(text: str) -> None:
+    Log("prepare", sys.stderr).event(text)
+
+
 def _scan(config: PrepareConfig, work: Path, processes: int) -> Scan:
+    # of a store that may take a while, before there is something to count
+    _say(f"lists the files of {config.source.path}")
     with ExitStack() as shown:
         work_shown: Work | None = None
 
@@ -231,6 +238,7 @@ def dry_run(config: PrepareConfig, processes: int = 1) -> dict[str, Any]:
     work = work_folder(config)
     _check_output(config, work)
     if (work / "plan/plan.json").exists():
+        _check_same(files.read_json(work / "recipe.json"), decisions(config), work / "recipe.json")
         return summary_of(Plan.open(work / "plan"))
     with tempfile.TemporaryDirectory(prefix="pixart_ds-prepare-") as folder:
         return summary_of(plan_of(config, Path(folder), processes))
@@ -299,7 +307,14 @@ def _names_in(output: str) -> Iterator[str]:
 def _check_recipe(config: PrepareConfig, work: Path) -> None:
     """Notes the recipe, or raises DataError if parts were planned with another one. A scan alone is simply made anew."""
     note, about = work / "recipe.json", decisions(config)
+    foreign = _foreign(work)
     before = files.read_json(note) if note.exists() else None
+    if before is None and foreign is not None:
+        raise DataError(
+            f"the folder for lists, plan and captions of this set holds other things: {foreign}",
+            where=work.resolve(),
+            remedy="name an empty or a new folder as `work` in the prepare recipe; nothing was changed in this one",
+        )
     if before == about:
         return
     if not (work / "plan/plan.json").exists():
@@ -309,12 +324,23 @@ def _check_recipe(config: PrepareConfig, work: Path) -> None:
                 files.write_json(note, about)
                 return
         before = files.read_json(note)
+    _check_same(before, about, note)
+
+
+def _foreign(work: Path) -> str | None:
+    """What lies in a work folder that no recipe was noted in, other than what comes before the note."""
+    there = sorted(os.listdir(work)) if work.is_dir() else []
+    return next((name for name in there if name != "locks" and not re.fullmatch(r"\..*\.tmp", name)), None)
+
+
+def _check_same(before: Any, about: dict[str, Any], note: Path) -> None:
+    """Raises DataError if a set was begun with another recipe."""
     changed = [f"{key} was {_short(old)} and is {_short(new)}" for key, old, new in _differences(before, about)]
     if changed:
         raise DataError(
             f"this set was begun with another recipe: {'; '.join(changed)}",
-            where=config.output,
-            remedy="set these back, or choose another output, for example the next version; nothing was changed in this one",
+            where=note,
+            remedy="set these back, or choose another output and work folder, for example of the next version; nothing was changed",
         )
 
 
@@ -421,7 +447,7 @@ def _find_repeated(config: PrepareConfig, work: Path, plan: Plan) -> None:
         return list(written.read(part)[0].values())
 
     def wait(told: str) -> None:
-        Log("prepare", sys.stderr).event(f"waiting: {told}")
+        _say(f"waiting: {told}")
 
     with files.held(work / "locks/repeated", "the list of repeated captions", waiting=wait):
         if not (work / REPEATED).exists():
@@ -482,10 +508,12 @@ def _finish(
             else:
                 if not exists(open_store(config.output), MANIFEST):
                     workers.agree(workers.Begin(config, work, device, "encode", 1, "finish"))
+                    _say(f"joins {plan.num_parts} parts")
                     finish.finish(config, work, plan)
                 shutil.rmtree(work / "features", ignore_errors=True)  # the rows hold them now
                 made = PreparedSet.open(config.output)
-                page = finish.write_summary(config, made, time.monotonic() - began, device)
+                alone = written == plan.num_parts  # else the page would tell of a part of the work as of all
+                page = finish.write_summary(config, made, time.monotonic() - began if alone else None, device)
     elif only == "finish":
         raise DataError(
             f"{plan.num_parts - done} of {plan.num_parts} parts are not written yet",

@@ -13,14 +13,15 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pixart_ds import files
 from pixart_ds.config.schema import FilterConfig, PrepareConfig
-from pixart_ds.errors import DataError
-from pixart_ds.prepare.items import Item, Rejected
+from pixart_ds.errors import DataError, MachineError
+from pixart_ds.prepare.items import Item, Rejected, is_unicode
 from pixart_ds.prepare.processes import end_with_parent
 from pixart_ds.prepare.repeated import repeated_texts
 from pixart_ds.prepare.sources import Chunk, Source, open_source
@@ -234,6 +235,13 @@ def _scan_chunks(
                 for future in finished:
                     future.result()
                     yield
+        except BrokenProcessPool as cause:
+            raise MachineError(
+                "a process that scans was killed",
+                where=folder,
+                remedy="if memory ran out, use fewer --processes (each reads a .json list whole: a .jsonl needs less), then start "
+                "again; what is scanned is kept",
+            ) from cause
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -283,25 +291,17 @@ def _scan_chunk(config: PrepareConfig, source: Source, chunk: Chunk, folder: Pat
 
 
 def _writable(found: Item | Rejected) -> Item | Rejected:
-    """With names and captions that are Unicode: names on a disk may be any bytes, and JSON can hold half a character."""
-    if not _is_unicode(found.name):
+    """With names and captions that are Unicode."""
+    if not is_unicode(found.name):
         name = found.name.encode("utf-8", "backslashreplace").decode()
         return Rejected(name, "broken", "its name is not UTF-8")
     if isinstance(found, Rejected):
         return replace(found, reason=found.reason.encode("utf-8", "backslashreplace").decode())
-    if not _is_unicode(found.place.container):
+    if not is_unicode(found.place.container):
         return Rejected(found.name, "broken", "the name of its file is not UTF-8")
-    if not _is_unicode(found.caption or "") or not _is_unicode(found.class_key or ""):
+    if not is_unicode(found.caption or "") or not is_unicode(found.class_key or ""):
         return Rejected(found.name, "caption", "its caption or class holds what is no character")
     return found
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _filtered(item: Item, config: FilterConfig) -> Item | Rejected:

@@ -91,7 +91,7 @@ class Facts:
         rows: Its rows.parquet.
         parts: How many row groups it has.
         folder_bytes: Of `captions` and of each `latents-NAME`.
-        seconds: That preparing took.
+        seconds: That preparing took; None if several calls wrote its parts.
         skipped: What was left out, by kind and reason.
         codec_error: Relative L2 error of stored caption features, None where they are stored as they were.
         examples: Pictures to show.
@@ -102,7 +102,7 @@ class Facts:
     rows: Path | BinaryIO
     parts: int
     folder_bytes: Mapping[str, int]
-    seconds: float
+    seconds: float | None
     skipped: Mapping[tuple[str, str], Skipped] = field(default_factory=dict)
     codec_error: float | None = None
     examples: Sequence[Example] = ()
@@ -167,11 +167,14 @@ def _clean(line: str) -> str:
 
 def _headline(facts: Facts) -> list[str]:
     found, classes = facts.figures, len(facts.description.classes)
-    pace = f", {digits(found.samples / facts.seconds)} samples/s" if facts.seconds > 0 else ""
+    pace = (
+        f", prepared in {duration(facts.seconds)}, {digits(found.samples / facts.seconds)} samples/s"
+        if facts.seconds
+        else ""
+    )
     labelled = f"; {found.labelled:,} have one of {classes:,} classes" if classes else ""
     return [
-        f"  {counted(found.samples, 'sample')} in {counted(facts.parts, 'part')}, {_size(facts.num_bytes)}, "
-        f"prepared in {duration(facts.seconds)}{pace}",
+        f"  {counted(found.samples, 'sample')} in {counted(facts.parts, 'part')}, {_size(facts.num_bytes)}{pace}",
         f"  {facts.num_skipped:,} left out ({percent(facts.skipped_share)}){labelled}",
     ]
 
@@ -199,7 +202,14 @@ def _tokens_text(facts: Facts) -> list[str]:
     if len(held) > 1:
         lines[0] += f"; from {held[0].low} to {found.most_tokens}:"
         lines += [f"  {line}" for line in block_chart([each.count for each in held])]
+    if found.without_words:
+        lines.append(f"  {_without_words(facts)}")
     return lines
+
+
+def _without_words(facts: Facts) -> str:
+    made = ": empty, or written in signs that captions.clean removes" if facts.description.clean_captions else ": empty"
+    return f"{counted(facts.figures.without_words, 'caption')} without a word{made}"
 
 
 def _bytes_text(facts: Facts) -> list[str]:
@@ -308,7 +318,7 @@ def _tiles(facts: Facts) -> str:
             f"{found.truncated:,}, at {facts.description.max_tokens} tokens",
         ),
     ]
-    if facts.seconds > 0:
+    if facts.seconds:
         made.append(tile("prepared in", duration(facts.seconds), f"{digits(found.samples / facts.seconds)} samples/s"))
     return f'<div class="tiles">{"".join(made)}</div>'
 
@@ -385,6 +395,8 @@ def _captions(facts: Facts) -> str:
     found = facts.figures
     held = bins(found.per_tokens, 40)
     tokens = _histogram("Tokens of a caption", held, "token", "caption")
+    if found.without_words:
+        tokens = f'<div>{tokens}<p class="note">{_without_words(facts)}.</p></div>'
     ours, padded = facts.caption_bytes, facts.padded_bytes
     most = facts.description.max_tokens
     groups = [Group("this set", f"{ours:,.0f}", [Bar("blue", ours, f"this set: {ours:,.0f} bytes")])]

@@ -407,6 +407,8 @@ class _Verification:
                 self.problems.add("marker", f"its part has {marker.count} rows, and is in no index", where)
             elif marker.part != part:
                 self.problems.add("marker", f"part is {marker.part} instead of {part}", where)
+            elif marker.encoders != (wanted := self.made.description.encoders):
+                self.problems.add("marker", f"encoders is {marker.encoders} instead of {wanted}", where)
 
     def _compare_plans(self) -> None:
         """One other plan among many is the wrong one."""

@@ -159,6 +159,7 @@ class Marker(BaseModel):
     partition: int
     count: int
     plan: str
+    encoders: dict[str, str]
     shards: dict[str, dict[str, Any]]
     skipped: list[Skipped]
     caption_squares: float
@@ -502,6 +503,7 @@ class GroupChecker:
             ("part", marker.part, group.part),
             ("partition", marker.partition, group.partition),
             ("count", marker.count, group.count),
+            ("encoders", marker.encoders, self._about.encoders),
             ("the number of its lines", len(marker.rows), group.count),
             ("shards", sorted(marker.shards), sorted([CAPTIONS, *map(latents_folder, self._about.latents)])),
         ):

@@ -182,6 +182,7 @@ class _Worker:
     def _encoders(self) -> tuple[LatentEncoder, TextEncoder, SetDescription]:
         vae, text = encoders(self._config, self._begin.device)
         description = describe(self._config, self._plan, self._begin.work, vae, text)
+        self._writer(description).check()  # the work folder that knew of the encoders may have been lost
         agreed(self._begin.work / "set.json", description.model_dump(mode="json"))
         self._write_conditions(text)
         return vae, text, description
@@ -205,7 +206,7 @@ class _Worker:
         vae, _, description = self._encoders
         sizes = sizes_of(description)
         reader = self._reader(lambda partition, item: sizes[partition])
-        writer = SetWriter(self._config.output, description, plan=self._plan.key(self._config), label=self._begin.label)
+        writer = self._writer(description)
         for part, pictures, rejected in reader.parts(parts):
             told, captions, silent = self._told(part, pictures)
             rows = encode_part(self._config, description, told, captions, self._plan.labels, vae, self._features)
@@ -213,6 +214,10 @@ class _Worker:
             first = writer.write_part(part, self._plan.partitions[part], rows, left_out)
             yield Done(part, self._plan.counts[part], first)
         reader.close()
+
+    def _writer(self, description: SetDescription) -> SetWriter:
+        plan = self._plan.key(self._config)
+        return SetWriter(self._config.output, description, plan=plan, label=self._begin.label)
 
     def _told(self, part: int, pictures: list[Picture]) -> tuple[list[Picture], list[str], list[Rejected]]:
         """The pictures that have a caption, their captions, and those without."""

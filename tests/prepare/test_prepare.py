@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def own_captioners(folder: Path) -> str:
         "    identity = 'mine 1'\n"
         "    def __init__(self, config, device): pass\n"
         "    def caption(self, pictures, originals, seed):\n"
-        "        return [f'{each.shape[0]} by {each.shape[1]}' if old.count('circle') else '' \n"
+        "        return [f'{each.shape[0]} by {each.shape[1]}' if old.count('circle') else '  ' \n"
         "                for each, old in zip(pictures, originals)]\n"
         "class Few(Sizes):\n"
         "    def caption(self, pictures, originals, seed):\n"
@@ -315,6 +316,41 @@ def test_once_more_changes_nothing_and_other_settings_are_refused(source: Path, 
         prepare(config_of(source, tmp_path / "mine"))
 
 
+def test_a_work_folder_with_other_things_is_refused(pictures: Path, tmp_path: Path) -> None:
+    for name in ("scan/mine.txt", "features/mine.txt", "plan/mine.txt"):
+        kept = tmp_path / name.replace("/", "-") / name
+        kept.parent.mkdir(parents=True)
+        kept.write_text("hours of work")
+        config = config_of(pictures, tmp_path / "set", f"work={kept.parents[1]}")
+        with pytest.raises(DataError, match=f"holds other things: {kept.parent.name}") as caught:
+            prepare(config)
+        assert "as `work`" in str(caught.value)
+        assert kept.read_text() == "hours of work"
+    with pytest.raises(ConfigError, match="is where the set itself is written"):
+        config_of(pictures, tmp_path / "set", f"work={tmp_path / 'set'}")
+    with pytest.raises(ConfigError, match="is where the set itself is written"):
+        config_of(pictures, tmp_path / "set", f"work={tmp_path / 'set/latents-40/work'}")
+
+
+def test_a_dry_run_with_another_recipe_tells_no_counts_of_the_first(pictures: Path, tmp_path: Path) -> None:
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    assert dry_run(config)["pictures"] == 30
+    with pytest.raises(DataError, match="begun with another recipe: filter.min_side") as caught:
+        dry_run(config_of(pictures, tmp_path / "set", "filter.min_side=5000"))
+    assert str(work_folder(config) / "recipe.json") in str(caught.value)
+
+
+def test_the_page_tells_how_long_it_took_only_if_one_call_wrote_all(pictures: Path, made: Path, tmp_path: Path) -> None:
+    assert "prepared in" in (made / "summary.html").read_text()
+    config = config_of(pictures, tmp_path / "set")
+    prepare(config, only="scan")
+    prepare(config, only="encode")
+    report = prepare(config, only="finish")
+    assert "prepared in" not in (tmp_path / "set/summary.html").read_text() + report.page
+    assert "30 samples in" in report.page
+
+
 def test_nothing_that_is_in_an_output_already_is_taken_or_overwritten(
     made: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -390,10 +426,27 @@ def test_other_encoders_do_not_go_on_with_a_set(pictures: Path, tmp_path: Path) 
     config = config_of(pictures, tmp_path / "set", f"text_encoder={encoder}")
     prepare(config, only="scan")
     prepare(config, task=Task(0, 2))
-    about = files.read_json(encoder / "tokenizer_config.json")
-    (encoder / "tokenizer_config.json").write_text(json.dumps({**about, "model_max_length": 99}))
-    with pytest.raises(DataError, match="made with other encoders: text_fingerprint was"):
-        prepare(config, task=Task(1, 2))
+    settings = (encoder / "tokenizer_config.json").read_text()
+    (encoder / "tokenizer_config.json").write_text(json.dumps({**json.loads(settings), "model_max_length": 99}))
+    for _ in range(2):
+        with pytest.raises(DataError, match="made with other encoders: text_fingerprint was"):
+            prepare(config, task=Task(1, 2))
+        shutil.rmtree(work_folder(config))  # and with it what was noted there: the parts themselves tell
+        prepare(config, only="scan")
+    (encoder / "tokenizer_config.json").write_text(settings)
+    assert prepare(config).finished
+    half = tmp_path / "half"  # parts that came without a look at the others, as where two clusters write to one store
+    subprocess.run(["cp", "-r", str(tmp_path / "set"), str(half)], check=True)
+    marker = sorted((half / "parts").iterdir())[-1]
+    told = files.read_json(marker)
+    files.write_json(marker, {**told, "encoders": {**told["encoders"], "vae_fingerprint": "another"}})
+    (half / "manifest.json").unlink()
+    again = config.model_copy(update={"output": str(half), "work": str(work_folder(config))})
+    with pytest.raises(
+        DataError, match=f"part {told['part']} was made with other encoders: vae_fingerprint was 'another'"
+    ):
+        prepare(again, only="finish")
+    assert not (half / "manifest.json").exists()
 
 
 def test_tasks_share_the_work_and_the_last_one_finishes(pictures: Path, made: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pixart_ds.config.schema import PrepareConfig, SourceConfig
-from pixart_ds.errors import EXIT_DATA, DataError
+from pixart_ds.errors import EXIT_DATA, DataError, MachineError
 from pixart_ds.prepare.items import Rejected
 from pixart_ds.prepare.parts import make_plan
 from pixart_ds.prepare.scan import class_sequence, read_scan, scan
@@ -245,6 +245,22 @@ def test_processes_make_the_same_files_and_their_errors_come_back(tmp_path: Path
     lost = StoreError("no answer", where="s3://b", remedy="ask", final=False, missing=True)
     again = pickle.loads(pickle.dumps(lost))
     assert (type(again), str(again), vars(again)) == (StoreError, str(lost), vars(lost))
+
+
+def test_a_process_that_is_killed_while_it_scans_is_told(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.png").write_bytes(encoded(8, 8 + number))
+        (tmp_path / f"{number}.txt").write_text("said")
+    config = prepare_config(SourceConfig(path=str(tmp_path)))
+
+    def kill(done: int, total: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(MachineError, match="a process that scans was killed") as caught:
+        scan(config, tmp_path / "work", 2, kill)
+    assert "fewer --processes" in str(caught.value)
+    assert scan(config, tmp_path / "work").pictures == 40
 
 
 SCAN = """

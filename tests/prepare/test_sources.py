@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +18,7 @@ import pytest
 
 from pixart_ds.config.schema import SourceConfig
 from pixart_ds.errors import ConfigError, DataError
-from pixart_ds.prepare.items import BrokenPicture, Item, Place, Rejected
+from pixart_ds.prepare.items import BrokenPicture, Item, Place, Rejected, is_unicode
 from pixart_ds.prepare.sources import base, folder, lists, open_source, tables
 from pixart_ds.prepare.sources.base import expand_braces
 from pixart_ds.s3 import StoreError
@@ -348,6 +350,24 @@ def test_lines_that_cannot_be_read_are_named_by_their_number(tmp_path: Path) -> 
     ]
 
 
+def test_a_csv_in_another_encoding_loses_no_letter_unsaid(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(encoded(4, 5))
+    rows = "path,caption\na.png,café\nb.png,tea\nç.png,x\n"
+    (tmp_path / "list.csv").write_text(rows, encoding="cp1252")
+    config = SourceConfig(kind="list", path=str(tmp_path / "list.csv"))
+    first, second, third = scanned(config)
+    assert isinstance(first, Item)
+    assert not is_unicode(str(first.caption)), "the scan leaves it out"
+    assert isinstance(second, Item)
+    assert second.caption == "tea"
+    assert isinstance(third, Rejected)
+    assert "its path in the list is not UTF-8" in third.reason
+    (tmp_path / "list.csv").write_text("path,größe\na.png,3\n", encoding="cp1252")
+    with pytest.raises(DataError, match=r"list\.csv is not UTF-8: its first line"):
+        scanned(config)
+
+
 def test_a_list_says_where_its_pictures_begin(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"part{number}/images").mkdir(parents=True)
@@ -407,6 +427,21 @@ def test_samples_of_tars_that_are_incomplete_double_or_lead_out(tmp_path: Path) 
     assert len(why) == 9
 
 
+def test_what_follows_a_tar_that_was_joined_by_cat_is_told(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            add(tar, f"{name}.png", encoded(4, 5))
+    joined = tmp_path / "joined/x.tar"
+    joined.parent.mkdir()
+    joined.write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    config = SourceConfig(kind="webdataset", path=str(joined))
+    assert [one.name for one in scanned(config)] == ["x.tar/a.png", "x.tar"]
+    (reason,) = refused(config).values()
+    assert "behind its first 1 members: more follows its end, as where cat joined several" in reason
+    subprocess.run(["tar", "--concatenate", f"--file={tmp_path / 'a.tar'}", str(tmp_path / "b.tar")], check=True)
+    assert len(items(SourceConfig(kind="webdataset", path=str(tmp_path / "a.tar")))) == 2
+
+
 def test_a_tar_that_ends_too_early_keeps_what_is_before(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(6):
@@ -453,6 +488,7 @@ def test_parquet_columns_are_found_or_asked_for(tmp_path: Path) -> None:
             "caption": ["one", "two", None, "four"],
             "label": pa.array([2, 0, 1, 1], pa.int64()),
             "aesthetic": pa.array([6.5, None, float("inf"), 1.0], pa.float32()),
+            "score": pa.array([Decimal("6.25"), None, None, None], pa.decimal128(9, 2)),
             "flag": [True, False, True, True],
             "tags": [[1], [2], [3], [4]],
             "WIDTH": [1, 1, 1, 1],
@@ -464,7 +500,7 @@ def test_parquet_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     config = SourceConfig(kind="parquet", path=str(tmp_path), class_key="label")
     (found,) = [one for one in scanned(config) if isinstance(one, Item)]
     assert (found.name, found.caption, found.class_key) == ("a.parquet#0", "one", "2")
-    assert dict(found.numbers) == {"aesthetic": 6.5}
+    assert dict(found.numbers) == {"aesthetic": 6.5, "score": 6.25}
     assert refused(config) == {
         "a.parquet#1": "broken: the row holds no picture",
         "a.parquet#2": "broken: the row holds no picture",

@@ -261,6 +261,21 @@ def test_what_a_source_says_is_text_and_nothing_else(tmp_path: Path) -> None:
     assert "<script>alert(1)" in text(facts)
 
 
+@pytest.mark.parametrize("cleaned", [False, True])
+def test_captions_of_which_nothing_is_left_are_counted(tmp_path: Path, cleaned: bool) -> None:
+    about = description(clean_captions=cleaned)
+    columns = columns_of(50, about)
+    words = "3 captions without a word: empty" + (
+        ", or written in signs that captions.clean removes" if cleaned else ""
+    )
+    told = facts_of(tmp_path, 50, description=about, columns=columns)
+    assert "without a word" not in text(told) + html(told)
+    columns["num_tokens"][:3] = 1
+    told = facts_of(tmp_path, 50, description=about, columns=columns)
+    assert f"{words}\n" in text(told)
+    assert f"{words}." in html(told)
+
+
 def test_a_set_of_one_bucket_from_which_nothing_was_left_out(tmp_path: Path) -> None:
     about = description(ratios=(1.0,), classes=(), caption_codec="fp16", caption_channels=64, max_tokens=20)
     columns = columns_of(50, about)

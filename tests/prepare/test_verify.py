@@ -307,6 +307,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     "a table that is none": (lambda m: write(m / "rows.parquet", "x" * 99), "table", "cannot be read", "rows.parquet"),
     "a marker's plan": (lambda m: marker(m, plan="x"), "marker", "another plan, 'x'", "parts/part-00001.json"),
     "a marker's count": (lambda m: marker(m, count=7), "marker", "count is 7 instead of 8", "parts/part-00001.json"),
+    "a marker's encoders": (
+        lambda m: marker(m, encoders={}), "marker", "encoders is {} instead of {'vae", "parts/part-00001.json",
+    ),
     "a marker's shards": (lambda m: marker(m, shards={}), "marker", "shards is [] instead", "parts/part-00001.json"),
     "a marker's hash": (
         lambda m: edit(m / "parts/part-00001.json", lambda v: v["shards"]["captions"]["raw_data"].update(bytes=5)),

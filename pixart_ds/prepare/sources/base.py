@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -391,9 +392,9 @@ def numbers_of(entry: Mapping[str, Any], *others: str | None) -> dict[str, float
     return {
         key: float(value)
         for key, value in entry.items()
-        if isinstance(value, int | float)
+        if isinstance(value, int | float | Decimal)
         and not isinstance(value, bool)
-        and abs(value) < 1e308  # also of integers too large for a float
+        and -1e308 < value < 1e308  # not of integers too large for a float
         and math.isfinite(value)
         and key not in others
         and key.lower() not in _OWN_NUMBERS

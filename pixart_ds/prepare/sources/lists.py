@@ -16,7 +16,7 @@ from typing import Any
 from pixart_ds.config.schema import SourceConfig
 from pixart_ds.data.store import is_remote
 from pixart_ds.errors import ConfigError, DataError
-from pixart_ds.prepare.items import BrokenPicture, Item, Place, Rejected
+from pixart_ds.prepare.items import BrokenPicture, Item, Place, Rejected, is_unicode
 from pixart_ds.prepare.sources.base import (
     ENTRIES_PER_CHUNK,
     Chunk,
@@ -118,13 +118,19 @@ class ListSource:
             for line in file:
                 digest.update(line)
                 at += len(line)
-                yield line.decode("utf-8", "replace")
+                yield line.decode("utf-8", "surrogateescape")
 
         chunks: list[tuple[Any, ...]] = []
         with self._files.open(name) as file:
             rows = csv.reader(lines(file))
             try:
                 header = [word.strip().removeprefix("\ufeff") for word in next(rows, [])]
+                if not all(map(is_unicode, header)):
+                    raise DataError(
+                        f"{name} is not UTF-8: its first line names columns in another encoding",
+                        where=self._files.root,
+                        remedy="save it as UTF-8",
+                    )
                 begin, first, count = at, rows.line_num + 1, 0
                 for _ in rows:
                     count += 1
@@ -169,7 +175,7 @@ class ListSource:
 
     def _of_csv(self, name: str, begin: int, length: int, first: int, header: list[str]) -> Iterator[Entry]:
         data = self._files.store.read_range(name, begin, length)
-        lines = (line.decode("utf-8", "replace") for line in io.BytesIO(data))
+        lines = (line.decode("utf-8", "surrogateescape") for line in io.BytesIO(data))
         rows = csv.reader(lines)
         number = first
         for row in rows:
@@ -187,6 +193,8 @@ class ListSource:
             path = entry[picture_key] if picture_key is not None else None
             if not isinstance(path, str) or not path:
                 raise BrokenPicture("its entry in the list has no path")
+            if not is_unicode(path):
+                raise BrokenPicture("its path in the list is not UTF-8")
             name = self._pictures.place_of(path, begin)
             self._pictures.check_links(name)
             length, height, width = self._pictures.measure(name)

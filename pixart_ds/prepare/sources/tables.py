@@ -186,6 +186,7 @@ class ParquetSource:
                 (named and not types.is_nested(entry.type))
                 or types.is_integer(entry.type)
                 or types.is_floating(entry.type)
+                or types.is_decimal(entry.type)
             ):
                 columns.append(entry.name)
         return columns

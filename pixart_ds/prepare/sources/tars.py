@@ -32,6 +32,8 @@ from pixart_ds.prepare.sources.base import (
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _LARGEST_TEXT = 16 << 20
 _BLOCK = 512
+_LONGEST_END = 1 << 20
+"""Of the zeros behind the last member, which fill a record: usually of 10 KiB."""
 
 
 @dataclass
@@ -118,18 +120,16 @@ class WebDatasetSource:
                             yield from self._made(tar_name, sample)
                         sample = _Sample(stem)
                     self._take(sample, tar_name, member, ending, tar)
-                whole = _ends_well(file, tar.offset)
+                flaw = _behind(file, tar.offset)
         except tarfile.TarError as cause:
-            whole, words = False, str(cause)
-        else:
-            words = "what follows is no tar"
+            flaw = str(cause)
         if sample is not None:
             yield from self._made(tar_name, sample)
-        if not whole:
+        if flaw is not None:
             yield Rejected(
                 tar_name,
                 "broken",
-                f"the tar file is damaged behind its first {count} members: {words}; the rest is lost",
+                f"the tar file is damaged behind its first {count} members: {flaw}; the rest is lost",
             )
 
     def _take(self, sample: _Sample, tar_name: str, member: tarfile.TarInfo, ending: str, tar: tarfile.TarFile) -> None:
@@ -231,7 +231,11 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
-def _ends_well(file: IO[bytes], offset: int) -> bool:
-    """Whether a tar ends where its members do: with zeros, or with the file."""
+def _behind(file: IO[bytes], offset: int) -> str | None:
+    """What is wrong behind a tar's last member, where zeros or the file's end ought to be."""
     file.seek(offset)
-    return not any(file.read(_BLOCK))
+    if any(file.read(_BLOCK)):
+        return "what follows is no tar"
+    if any(file.read(_LONGEST_END)):
+        return "more follows its end, as where cat joined several (tar --concatenate joins them to one)"
+    return None
