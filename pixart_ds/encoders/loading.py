@@ -26,10 +26,12 @@ def load_whole(load: Callable[..., Any], folder: str, *, own: str | None = None,
 
     try:
         model, told = load(folder, output_loading_info=True, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as cause:
-        raise ValueError(f"its weights cannot be read: {cause}; if they were copied, copy them again") from cause
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as cause:
+        raise ValueError(f"its weights cannot be read: {cause}; copy or fetch them again") from cause
+    except RuntimeError as cause:  # of other shapes, a torn archive; the host's memory is no fault of the model
+        if isinstance(cause, torch.OutOfMemoryError) or "allocate memory" in str(cause):
+            raise
+        raise ValueError(f"its weights cannot be loaded: {cause}") from cause
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"its checkpoint lacks {len(missing)} weights of a {type(model).__name__}, {_first(missing)}")
     if own is not None and (foreign := sorted(key for key in told["unexpected_keys"] if key.startswith(own))):

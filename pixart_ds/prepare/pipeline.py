@@ -164,7 +164,8 @@ def _prepare(config: PrepareConfig, only: Phase | None, task: Task | None, proce
     work = work_folder(config)
     _check_output(config, work)
     _check_recipe(config, work)
-    if not (work / "plan/plan.json").exists():
+    fresh = not (work / "plan/plan.json").exists()
+    if fresh:
         if task is not None or only not in (None, "scan"):
             raise DataError(
                 "there is no plan yet of which pictures make which part",
@@ -177,7 +178,7 @@ def _prepare(config: PrepareConfig, only: Phase | None, task: Task | None, proce
     plan = Plan.open(work / "plan")
     _check_parts(config, plan)
     written = 0 if only == "finish" else _write(config, work, plan, only, task, processes, device)
-    return _finish(config, work, plan, only, written, device, began)
+    return _finish(config, work, plan, only, written, device, began, fresh)
 
 
 def plan_of(config: PrepareConfig, work: Path, processes: int = 1) -> Plan:
@@ -279,10 +280,10 @@ def _check_output(config: PrepareConfig, work: Path) -> None:
         return
     if parts_done(open_target(config.output)):
         return  # `_check_parts` looks whose they are
-    begun = (work / "recipe.json").exists()
+    names = list(itertools.islice(_names_in(config.output), _MOST_LOOKED_AT))
+    begun = (work / "recipe.json").exists()  # after the names, among which may be what another process has just begun
     inside = re.escape(os.path.relpath(work.resolve(), Path(config.output).resolve()))
-    ours = re.compile(f"{inside}/|{_LEFT_OVER}" if begun else f"{inside}/locks/")
-    names = itertools.islice(_names_in(config.output), _MOST_LOOKED_AT)
+    ours = re.compile(f"{inside}/|{_LEFT_OVER}" if begun else rf"{inside}/(locks/|\.[^/]*\.tmp$)")
     if foreign := next((name for name in names if not ours.match(name)), None):
         raise DataError(
             f"the output is not empty and holds no set of this recipe that could go on, but {foreign}",
@@ -493,7 +494,14 @@ def _run(
 
 
 def _finish(
-    config: PrepareConfig, work: Path, plan: Plan, only: Phase | None, written: int, device: str, began: float
+    config: PrepareConfig,
+    work: Path,
+    plan: Plan,
+    only: Phase | None,
+    written: int,
+    device: str,
+    began: float,
+    fresh: bool,
 ) -> Report:
     done = len(parts_done(open_target(config.output)))
     made: PreparedSet | None = None
@@ -512,7 +520,7 @@ def _finish(
                     finish.finish(config, work, plan)
                 shutil.rmtree(work / "features", ignore_errors=True)  # the rows hold them now
                 made = PreparedSet.open(config.output)
-                alone = written == plan.num_parts  # else the page would tell of a part of the work as of all
+                alone = fresh and written == plan.num_parts  # else the page would tell of a part of the work as of all
                 page = finish.write_summary(config, made, time.monotonic() - began if alone else None, device)
     elif only == "finish":
         raise DataError(

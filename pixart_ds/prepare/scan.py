@@ -300,7 +300,7 @@ def _writable(found: Item | Rejected) -> Item | Rejected:
     if not is_unicode(found.place.container):
         return Rejected(found.name, "broken", "the name of its file is not UTF-8")
     if not is_unicode(found.caption or "") or not is_unicode(found.class_key or ""):
-        return Rejected(found.name, "caption", "its caption or class holds what is no character")
+        return Rejected(found.name, "caption", "its caption or class is not UTF-8")
     return found
 
 

@@ -91,7 +91,7 @@ class Facts:
         rows: Its rows.parquet.
         parts: How many row groups it has.
         folder_bytes: Of `captions` and of each `latents-NAME`.
-        seconds: That preparing took; None if several calls wrote its parts.
+        seconds: That preparing took; None if several calls shared in it.
         skipped: What was left out, by kind and reason.
         codec_error: Relative L2 error of stored caption features, None where they are stored as they were.
         examples: Pictures to show.

@@ -316,6 +316,13 @@ def test_once_more_changes_nothing_and_other_settings_are_refused(source: Path, 
         prepare(config_of(source, tmp_path / "mine"))
 
 
+def test_a_start_that_was_killed_while_it_noted_the_recipe_goes_on(pictures: Path, tmp_path: Path) -> None:
+    work = tmp_path / "set/.work"
+    work.mkdir(parents=True)
+    (work / ".recipe.json.0123abcd.tmp").write_text('{"sou')
+    assert prepare(config_of(pictures, tmp_path / "set"), only="scan").parts == 6
+
+
 def test_a_work_folder_with_other_things_is_refused(pictures: Path, tmp_path: Path) -> None:
     for name in ("scan/mine.txt", "features/mine.txt", "plan/mine.txt"):
         kept = tmp_path / name.replace("/", "-") / name

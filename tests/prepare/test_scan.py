@@ -217,7 +217,7 @@ def test_names_and_captions_that_are_no_unicode_are_left_out(tmp_path: Path) -> 
     assert made.pictures == 1
     assert list(made.rejections()) == [Rejected("caf\\udce9.png", "broken", "its name is not UTF-8")]
     (pictures / "list.jsonl").write_text('{"path": "fine.png", "text": "half \\ud83d"}\n{"path": "none.png"}')
-    with pytest.raises(DataError, match="holds what is no character"):
+    with pytest.raises(DataError, match="its caption or class is not UTF-8"):
         scan(prepare_config(SourceConfig(kind="list", path=str(pictures / "list.jsonl"))), tmp_path / "other")
 
 

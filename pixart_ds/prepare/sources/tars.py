@@ -34,6 +34,8 @@ _LARGEST_TEXT = 16 << 20
 _BLOCK = 512
 _LONGEST_END = 1 << 20
 """Of the zeros behind the last member, which fill a record: usually of 10 KiB."""
+_MAGIC = slice(257, 262)
+"""Where a member's header says that it is one."""
 
 
 @dataclass
@@ -236,6 +238,8 @@ def _behind(file: IO[bytes], offset: int) -> str | None:
     file.seek(offset)
     if any(file.read(_BLOCK)):
         return "what follows is no tar"
-    if any(file.read(_LONGEST_END)):
-        return "more follows its end, as where cat joined several (tar --concatenate joins them to one)"
+    rest = file.read(_LONGEST_END)
+    start = (len(rest) - len(rest.lstrip(b"\0"))) // _BLOCK * _BLOCK
+    if rest[start:][_MAGIC] == b"ustar":
+        return "another one follows its end, as where cat joined several (tar --concatenate joins them to one)"
     return None
