@@ -309,6 +309,9 @@ class _Watch:
                 self.ranks.send(signal.SIGKILL)
             self.record.keep()
             time.sleep(_POLL_SECONDS)
+        self.pulses.look_back()
+        if not stepped and self.pulses.first_step_at is not None:
+            on_first_step(self.pulses.first_step_at)
         if self.failed_at is None and self.ranks.failed():
             self.failed_at = time.monotonic()
         return self._hang

@@ -76,10 +76,17 @@ class PulseWatch:
             if self._beats.get(each["rank"], (-1, 0.0))[0] != each["beat"]:
                 self._beats[each["rank"]] = (each["beat"], now)
             each["silent_s"] = now - self._beats[each["rank"]][1]
-        if self._first_step_at is None and any(each["images_seen"] is not None for each in pulses):
-            self._first_step_at = now
+        self._notice_step(pulses, now)
         self._notice_slow(pulses, now)
         return self._missing(pulses, now) or self._judge(pulses)
+
+    def look_back(self) -> None:
+        """Notes what ranks that have left said last: all of their steps may lie between two looks."""
+        self._notice_step(read_pulses(self._attempt, self._launch), self._clock())
+
+    def _notice_step(self, pulses: list[dict[str, Any]], now: float) -> None:
+        if self._first_step_at is None and any(each["images_seen"] is not None for each in pulses):
+            self._first_step_at = now
 
     def newly_slow(self) -> list[str]:
         """For people: ranks that have been slower than the others for a minute; each at most once an hour."""

@@ -53,6 +53,7 @@ class Rank:
 
     def done(self) -> None:
         time.sleep(0.3)
+        self.beat(0)
         self.first_writes(self.stage / "DONE.json", "{}")
 
     def save_when_asked(self) -> None:

@@ -95,6 +95,20 @@ def test_ranks_that_move_are_left_alone(tmp_path: Path) -> None:
     assert world.watch.first_step_at is not None
 
 
+def test_a_step_that_nobody_saw_in_time_is_found_when_the_ranks_have_left(tmp_path: Path) -> None:
+    world = World(tmp_path, 2)
+    for each in world.ranks:
+        each["images_seen"] = None
+    world.after(4)
+    world.watch.look_back()
+    assert world.watch.first_step_at is None
+    world.ranks[1]["images_seen"] = 32
+    world.attempt.pulse(1).write_text(json.dumps(world.ranks[1]))
+    world.now += 0.5
+    world.watch.look_back()
+    assert world.watch.first_step_at == 4.5
+
+
 def test_a_rank_without_a_sign_of_life_is_named(tmp_path: Path) -> None:
     world = World(tmp_path, 4)
     assert world.after(10) is None

@@ -169,6 +169,7 @@ def test_a_crash_is_followed_by_another_launch_in_the_same_attempt(tmp_path: Pat
     assert (
         f"launch 1 failed: rank 1 was killed by SIGKILL on {socket.gethostname()}; launch 2 goes on after 0 s" in text
     )
+    assert text.count("trains again") == 1, "though the launch is over before anybody looked at its ranks"
     first, second = read_book(stage.root.parent).stages["stage1"]
     assert (first.outcome, second.outcome) == ("failed", "done")
     assert first.until == second.started, "no second of the devices is lost between them"
