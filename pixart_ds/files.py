@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,8 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems answer that know no hard links."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What they answer that know no locks."""
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+"""What `temporary_name` gives."""
 
 
 def disk_error(error: OSError, folder: Path) -> MachineError | None:
@@ -101,18 +104,38 @@ def write_new(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> N
         FileExistsError: It is there.
     """
     temporary = temporary_name(path)
-    write_durable(temporary, pieces)
     try:
-        os.link(temporary, path)  # unlike a rename, it takes nobody's place
-    except OSError as cause:
-        if isinstance(cause, FileExistsError) or (cause.errno in _NO_LINKS and path.exists()):
-            raise FileExistsError(errno.EEXIST, "it is there already", str(path)) from cause
-        if cause.errno not in _NO_LINKS:
+        write_durable(temporary, pieces)
+        _rename_new(temporary, path)
+    except FileNotFoundError as cause:
+        if not path.exists():
             raise
-        os.rename(temporary, path)
+        # another was first, and this one's was removed with what killed writers left
+        raise FileExistsError(errno.EEXIST, "it is there already", str(path)) from cause
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, it takes nobody's place
+    except OSError as cause:
+        if cause.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "it is there already", str(path)) from cause
+        os.rename(temporary, path)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Removes what killed writers left under temporary names, in a folder and all below.
+
+    Of writers that are at it only those of `write_new` whose file is there already go on as if nothing had been.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in filter(_TEMPORARY.fullmatch, names):
+            Path(parent, name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

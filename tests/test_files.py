@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,37 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     assert path.read_bytes() == b"0" * 1000
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    left = [files.temporary_name(tmp_path / "a.json"), files.temporary_name(files.temporary_name(tmp_path / "below/b"))]
+    others = [tmp_path / "a.json", tmp_path / ".mine.tmp", tmp_path / "below/.draft.0123456789ab.tmp.txt"]
+    for path in (*left, *others):
+        path.write_text("something")
+    files.remove_left_overs(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
+
+
+def test_a_second_writer_is_told_so_even_if_its_temporary_file_is_taken_for_a_left_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_new(path, [b"the first"])
+    done = threading.Event()
+
+    def remove() -> None:
+        while not done.is_set():
+            files.remove_left_overs(tmp_path)
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    try:
+        for _ in range(300):
+            with pytest.raises(FileExistsError):
+                files.write_new(path, [b"another"])
+    finally:
+        done.set()
+        remover.join()
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"a.json": b"the first"}
 
 
 def test_a_text_is_replaced_whole_and_what_fails_leaves_nothing(

@@ -380,6 +380,13 @@ def _in_hand(work: Path, label: str, what: str) -> Iterator[None]:
         yield
 
 
+def _remove_left_overs(config: PrepareConfig, work: Path) -> None:
+    """Removes what killed processes left under temporary names; a store has none."""
+    files.remove_left_overs(work)
+    if not is_remote(config.output):
+        files.remove_left_overs(Path(config.output))
+
+
 # ---- captions and parts -------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +526,7 @@ def _finish(
                     _say(f"joins {plan.num_parts} parts")
                     finish.finish(config, work, plan)
                 shutil.rmtree(work / "features", ignore_errors=True)  # the rows hold them now
+                _remove_left_overs(config, work)
                 made = PreparedSet.open(config.output)
                 alone = fresh and written == plan.num_parts  # else the page would tell of a part of the work as of all
                 page = finish.write_summary(config, made, time.monotonic() - began if alone else None, device)

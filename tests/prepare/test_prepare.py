@@ -415,6 +415,19 @@ def test_what_was_lost_of_the_work_when_all_parts_were_whole_is_made_again(
     assert not (work_folder(config) / "features").exists()
 
 
+def test_what_killed_processes_left_under_temporary_names_goes_with_the_end(pictures: Path, tmp_path: Path) -> None:
+    config = config_of(pictures, tmp_path / "set", "rows_per_group=2", f"work={tmp_path / 'work'}")
+    prepare(config, only="scan")
+    prepare(config, task=Task(0, 2))
+    left = [tmp_path / name for name in ("work/recipe.json", "work/scan/chunk-00000.parquet", "set/manifest.json")]
+    left += [tmp_path / "set/parts/part-00001.json"]
+    for path in left:
+        files.temporary_name(path).write_bytes(b"half of it")
+    assert len(list(tmp_path.rglob("*.tmp"))) == len(left)
+    prepare(config)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_task_leaves_the_end_to_another_that_has_it_in_hand(pictures: Path, tmp_path: Path) -> None:
     config = config_of(pictures, tmp_path / "set")
     prepare(config, only="scan")
