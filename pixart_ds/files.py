@@ -107,10 +107,10 @@ def write_new(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> N
     try:
         write_durable(temporary, pieces)
         _rename_new(temporary, path)
-    except FileNotFoundError as cause:
+    except (FileExistsError, FileNotFoundError) as cause:
         if not path.exists():
             raise
-        # another was first, and this one's was removed with what killed writers left
+        # where the temporary file is gone, another writer was first, and it was removed with what killed ones had left
         raise FileExistsError(errno.EEXIST, "it is there already", str(path)) from cause
     finally:
         temporary.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def _rename_new(temporary: Path, path: Path) -> None:
         if cause.errno not in _NO_LINKS:
             raise
         if path.exists():
-            raise FileExistsError(errno.EEXIST, "it is there already", str(path)) from cause
+            raise FileExistsError from cause
         os.rename(temporary, path)
 
 

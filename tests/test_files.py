@@ -86,8 +86,9 @@ def test_a_second_writer_is_told_so_even_if_its_temporary_file_is_taken_for_a_le
     remover.start()
     try:
         for _ in range(300):
-            with pytest.raises(FileExistsError):
+            with pytest.raises(FileExistsError) as caught:
                 files.write_new(path, [b"another"])
+            assert caught.value.filename == str(path)
     finally:
         done.set()
         remover.join()

@@ -84,8 +84,14 @@ class Allocation:
             self._nodes = set(expand(self._seen.nodes)) - self._unreachable
             self._guardian.keep(self._seen, self._unreachable)
 
-    def lost_nodes(self) -> list[str]:
-        """Those of the launch's nodes that the job has lost since; a job that is taken down gives its nodes back one by one."""
+    def lost_nodes(self, *, ask: bool = False) -> list[str]:
+        """Those of the launch's nodes that the job has lost since; a job that is taken down gives its nodes back one by one.
+
+        Args:
+            ask: Slurm anew, and wait for it.
+        """
+        if ask:
+            self._seen = self.slurm.state() or self._seen
         if self._seen is None or not self._seen.nodes or self._seen.state != "RUNNING":
             return []
         return sorted(self._nodes - set(expand(self._seen.nodes)))

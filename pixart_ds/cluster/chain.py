@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pixart_ds import files
@@ -175,8 +175,10 @@ def _do(
     if action.do == "submit":
         return _submit(run, stage, profile, action, before, wishes)
     if action.do == "mend":
-        if not wishes.dry_run:
-            _mend(action.jobs, profile, [*_others(stage, wishes), *before])
+        if not wishes.dry_run and not _mend(
+            job_name(run.root, stage.name), action.jobs, profile, [*_others(stage, wishes), *before]
+        ):
+            action = replace(action, do="leave", why="has begun meanwhile")
         return Done(action, action.jobs)
     if action.do == "tell":
         failure = None if action.jobs else failure_of(run.stage(stage.name))
@@ -210,16 +212,24 @@ def _others(stage: StageConfig, wishes: Wishes) -> list[str]:
     return wishes.after[stage.name].split(":") if stage.name in wishes.after else []
 
 
-def _mend(jobs: Sequence[str], profile: Profile, before: Sequence[str]) -> None:
-    """Gives jobs that wait another dependency, or none; they keep their place in the queue, and pairs stay behind each other."""
+def _mend(name: str, jobs: Sequence[str], profile: Profile, before: Sequence[str]) -> bool:
+    """Gives a stage's jobs that wait another dependency, or none; they keep their place in the queue, and pairs stay behind each
+    other.
+
+    Returns:
+        Whether all still waited: the stage before may be done since they were looked at, and its supervisor have released them.
+    """
     wanted = dependencies(profile, before)
     for job in jobs:
         answer = call("scontrol", "update", f"JobId={job}", f"Dependency={wanted}")
+        if answer.returncode and all(each.running for each in queue(name) if each.number == job):
+            return False
         if answer.returncode:
             raise MachineError(
                 f"scontrol update JobId={job}: {answer.stderr.strip()}", remedy=f"scancel {job}, and again"
             )
         call("scontrol", "release", job)
+    return True
 
 
 def after_of(run: RunLayout, words: Sequence[str]) -> dict[str, str]:

@@ -57,6 +57,7 @@ class MachinesLauncher:
     unreachable: set[str] = field(default_factory=set)
     _rendezvous: Rendezvous | None = None
     _called: dict[str, float] = field(default_factory=dict)
+    _said: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         others = self.members() if self._rendezvous is not None else None
@@ -131,9 +132,14 @@ class MachinesLauncher:
             return f"{count} other machine{'s' if count > 1 else ''} (pixart-ds join)" if count > 0 else ""
         said = []
         for host in self._absent():
-            words = self.hosts.last_words(host, 1) if self.hosts.ended(host) else ""
+            words = self._last_word(host)
             said.append(f"{host} ({words})" if words else host)
         return ", ".join(said)
+
+    def _last_word(self, host: str) -> str:
+        """Why the host's call failed; of a call that runs, why the one before did."""
+        assert self.hosts is not None
+        return self.hosts.last_words(host, 1) if self.hosts.ended(host) else self._said.get(host, "")
 
     def _absent(self) -> list[str]:
         here = {each.name for each in self.members()}
@@ -142,7 +148,7 @@ class MachinesLauncher:
     def _call(self, names: Sequence[str]) -> None:
         assert self.hosts is not None
         for host in names:
-            self._called[host] = time.monotonic()
+            self._called[host], self._said[host] = time.monotonic(), self._last_word(host)
             self.hosts.call(host, self.address)
 
     def _look_after_calls(self) -> None:

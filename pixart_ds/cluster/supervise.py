@@ -23,7 +23,7 @@ from pixart_ds.cluster.slurm import Slurm
 from pixart_ds.cluster.watch import Hang, PulseWatch
 from pixart_ds.config.schema import DeadlinesConfig
 from pixart_ds.engine import line
-from pixart_ds.errors import EXIT_BUG, EXIT_MACHINE, PixArtError
+from pixart_ds.errors import EXIT_BUG, EXIT_MACHINE, EXITS_THAT_TELL, PixArtError
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
 from pixart_ds.report.command import write_page
@@ -217,9 +217,12 @@ class _Attempt:
         self.crash = _Crash(watch.failed_at, time.monotonic()) if watch.failed_at is not None else None
         if hang is not None:
             return self._told(hang, ranks)
-        if watch.lost:
-            return RankFailure(f"the {_plural('node', watch.lost)} lost", EXIT_BUG, watch.lost[0])
-        return _failure(ranks, self._stepped())
+        failure, lost = _failure(ranks, self._stepped()), watch.lost
+        if not lost and failure is not None and failure.code not in EXITS_THAT_TELL and self.allocation is not None:
+            lost = self.allocation.lost_nodes(ask=True)  # its ranks' peers may all have left since the last look
+        if lost:
+            return RankFailure(f"the {_plural('node', lost)} lost", EXIT_BUG, lost[0])
+        return failure
 
     def _stepped(self) -> bool:
         """Whether a rank of this launch has ended a step."""

@@ -35,6 +35,19 @@ def test_a_job_that_is_taken_down_has_lost_no_node(tmp_path: Path) -> None:
         allocation.end()
 
 
+def test_slurm_is_asked_once_more_which_nodes_are_left(tmp_path: Path) -> None:
+    attempt = RunLayout(tmp_path).stage("stage1").attempt(1)
+    attempt.root.mkdir(parents=True)
+    slurm = FakeSlurm(nodes="n[1-2]", num_nodes=2)
+    with Requests() as requests:
+        allocation = Allocation(slurm, attempt, requests, 300.0, Log("stage1", io.StringIO()))
+        allocation.launch_begins(set())
+        slurm.now = dataclasses.replace(slurm.now, nodes="n1", num_nodes=1)
+        assert allocation.lost_nodes() == []
+        assert allocation.lost_nodes(ask=True) == ["n2"]
+        allocation.end()
+
+
 def test_the_code_is_frozen_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = frozen.freeze(RunLayout(tmp_path), "job 7")

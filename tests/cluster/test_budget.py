@@ -6,6 +6,7 @@ import io
 import json
 import re
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from pixart_ds.config.freeze import create_run, read_stage
 from pixart_ds.config.load import load_chain, validate
 from pixart_ds.config.profile import Profile
 from pixart_ds.errors import ConfigError
-from pixart_ds.layout import RunLayout
+from pixart_ds.layout import RunLayout, StageLayout
 from pixart_ds.ledger.book import write_entry
 from pixart_ds.ledger.entries import Entry
 from pixart_ds.log import Log
@@ -194,12 +195,17 @@ def seconds(count: float) -> dict[str, Any]:
     return {"limits": {"gpu_days": count / DAY}, "history": []}
 
 
+def limited(stage: StageLayout, count: float) -> Callable[[], None]:
+    """Gives the run its budget: once the ranks are up, as they may take longer than it lasts."""
+    return lambda: files.write_json(RunLayout(stage.root.parent).budget, seconds(count))
+
+
 def test_a_supervisor_stops_the_ranks_and_the_job_is_not_requeued(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
     run = RunLayout(stage.root.parent)
-    files.write_json(run.budget, seconds(2.5))
     slurm = FakeSlurm()
-    code, text = go(stage, "save-when-asked", timing=Timing(budget_s=0.1), slurm=slurm)
+    timing = Timing(budget_s=0.1)
+    code, text = go(stage, "save-when-asked", then=limited(stage, 2.5), timing=timing, slurm=slurm)
     assert (code, slurm.told) == (75, [])
     assert "job 4711: the run's budget is used up: the job is not requeued" in text
     said = outcome(stage)
@@ -217,27 +223,26 @@ def test_a_supervisor_stops_the_ranks_and_the_job_is_not_requeued(tmp_path: Path
 
 def test_a_job_whose_budget_is_used_up_while_it_saves_is_not_requeued(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
-    files.write_json(RunLayout(stage.root.parent).budget, seconds(1.7))
     slurm = FakeSlurm()
-    signals = (signal.SIGUSR1,)
-    code, text = go(stage, "save-late", after=0.4, signals=signals, timing=Timing(budget_s=3600), slurm=slurm)
+    about: dict[str, Any] = {"after": 0.4, "signals": (signal.SIGUSR1,), "then": limited(stage, 1.7)}
+    code, text = go(stage, "save-late", **about, timing=Timing(budget_s=3600), slurm=slurm)
     assert (code, slurm.told, outcome(stage)["cause"]) == (75, [], "SIGUSR1")
     assert "the run's budget is used up: the job is not requeued" in text
 
 
 def test_a_budget_stop_and_the_scancel_after_it_do_not_hurry_the_ranks(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
-    files.write_json(RunLayout(stage.root.parent).budget, seconds(2))
     timing = Timing(budget_s=0.1, hurry_grace_s=0.1, retries=0)
-    code, _ = go(stage, "save-late", after=2.6, timing=timing, slurm=FakeSlurm(state="COMPLETING"))
+    slurm = FakeSlurm(state="COMPLETING")
+    code, _ = go(stage, "save-late", after=0.6, then=limited(stage, 0.01), timing=timing, slurm=slurm)
     assert (code, outcome(stage)["outcome"]) == (75, "stopped")
 
 
 def test_ranks_that_die_in_a_budget_stop_are_not_started_again(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
-    files.write_json(RunLayout(stage.root.parent).budget, seconds(2.5))
     slurm = FakeSlurm()
-    code, _ = go(stage, "leave-when-asked,die-when-asked", timing=Timing(peers_s=5, budget_s=0.1), slurm=slurm)
+    timing = Timing(peers_s=5, budget_s=0.1)
+    code, _ = go(stage, "leave-when-asked,die-when-asked", then=limited(stage, 2.5), timing=timing, slurm=slurm)
     assert (code, slurm.told, len(outcome(stage)["launches"])) == (75, [], 1)
     assert outcome(stage)["cause"].startswith("asked to stop (budget used up: ")
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -34,18 +33,11 @@ from pixart_ds.engine.environment import free_port
 from pixart_ds.errors import ConfigError, MachineError
 from pixart_ds.layout import StageLayout
 from pixart_ds.log import Log
-from tests.cluster.test_supervise import FAKE, a_run, no_slurm
+from tests.cluster.test_supervise import FAKE, a_run, no_slurm, until
 
 __all__ = ["no_slurm"]
 
 LOOPBACK = Address("127.0.0.1", 0)
-
-
-def until(happens: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not happens():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.01)
 
 
 class Leader:
@@ -458,17 +450,22 @@ def test_hosts_count_in_the_sequence_of_their_list(tmp_path: Path) -> None:
     found.close(0)
 
 
+@pytest.mark.parametrize("third", ["exit 255", "exec sleep 100"])
 def test_a_host_that_ssh_cannot_reach_is_called_again_and_then_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, third: str
 ) -> None:
+    """With what the call before said where the newest one has said nothing yet."""
     monkeypatch.setattr(machines_module, "_AGAIN_SECONDS", 0.05)
-    stage = a_run(tmp_path)
-    program = a_program(tmp_path, f"echo called >> {tmp_path}/calls; echo 'no route to host' >&2; exit 255")
-    found = Leader(stage, hosts=Hosts(["n2", "n3"], stage, "cpu", 1, program), patience_s=1.5).opened()
+    monkeypatch.setattr(hosts_module, "_LEAVE_SECONDS", 0.1)
+    stage, calls = a_run(tmp_path), tmp_path / "calls"
+    each = f"[ $7 = n3 ] || exit 255; echo called >> {calls}; echo 'no route to host' >&2"
+    program = a_program(tmp_path, f"{each}; [ $(wc -l < {calls}) -lt 3 ] || {third}; exit 255")
+    found = Leader(stage, hosts=Hosts(["n2", "n3"], stage, "cpu", 1, program), patience_s=60).opened()
     found.joined("n2")
+    found.launcher.gather(lambda: calls.exists() and len(calls.read_text().split()) > 2)
+    found.launcher.patience_s = 0
     with pytest.raises(MachineError, match="2 of 3 machines .* missing: n3 \\(no route to host\\)"):
         found.launcher.gather(lambda: False)
-    assert len((tmp_path / "calls").read_text().split()) > 2
     found.close(3)
 
 
@@ -506,6 +503,7 @@ def test_a_lost_host_is_called_again_before_the_next_launch(tmp_path: Path) -> N
     until(found.names)
     wire.close()
     until(lambda: not found.names())
+    until(lambda: found.launcher.hosts.ended("n2") is not None)  # type: ignore[union-attr]
     assert found.start(2).world_size == 1
     assert (tmp_path / "calls").read_text() == "called\ncalled\n"
     found.close(0)

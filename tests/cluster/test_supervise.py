@@ -12,13 +12,15 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pixart_ds import files
+from pixart_ds.cluster import allocation, node_check
 from pixart_ds.cluster.launchers import LocalLauncher
 from pixart_ds.cluster.requests import ASKED, Requests
 from pixart_ds.cluster.slurm import JobState, Slurm
@@ -37,6 +39,15 @@ FAKE = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
+    # a machine with an srun of its own has none for the jobs of `FakeSlurm`
+    monkeypatch.setattr(node_check, "examine", lambda nodes, *_: node_check.Found({}, len(nodes)))
+
+
+def until(happens: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
 
 
 def a_run(folder: Path) -> StageLayout:
@@ -52,22 +63,43 @@ def go(
     *,
     after: float | None = None,
     signals: tuple[int, ...] = (signal.SIGTERM,),
+    then: Callable[[], object] | None = None,
     **more: Any,
 ) -> tuple[int, str]:
-    """Exit code and output of an attempt; `signals` reach the supervisor one by one, `after` seconds apart."""
+    """Exit code and output of an attempt. Once its ranks are up, `then` happens beside it, and `signals` reach the supervisor one
+    by one, `after` seconds apart.
+    """
     output = io.StringIO()
     processes = len(script.split(","))
+    attempt, over = stage.attempt(len(stage.all_attempts()) + 1), threading.Event()
 
-    def send() -> None:
-        for number in signals:
-            time.sleep(after or 0)
+    def beside() -> None:
+        give_up = time.monotonic() + 60  # and go on: a supervisor that is never asked would never end
+        while not all((attempt.root / f"env-{rank}.json").exists() for rank in range(processes)):
+            if over.wait(0.02) or time.monotonic() > give_up:
+                break
+        if then is not None:
+            then()
+        for number in signals if after is not None else ():
+            if over.wait(after):
+                return  # there are no handlers any more
+            names = more["requests"].names
+            known = len(names)
             os.kill(os.getpid(), number)
+            while len(names) == known and not over.wait(0.01):  # two of a kind that are both pending are one
+                pass
 
-    if after is not None:
-        threading.Thread(target=send, daemon=True).start()
+    thread = threading.Thread(target=beside, daemon=True)
     launcher = LocalLauncher(processes, extra=("--script", script), command=FAKE)
     more.setdefault("timing", Timing(retries=0))
-    code = supervise(stage.root.parent, "stage1", launcher=launcher, device="cpu", output=output, **more)
+    if after is not None:
+        more["requests"] = Requests()
+    thread.start()
+    try:
+        code = supervise(stage.root.parent, "stage1", launcher=launcher, device="cpu", output=output, **more)
+    finally:
+        over.set()
+        thread.join()
     return code, output.getvalue()
 
 
@@ -246,10 +278,37 @@ def test_a_job_that_saves_nothing_new_again_and_again_is_not_requeued(tmp_path: 
     assert "3 attempts in a row have saved nothing new: the job is not requeued" in text
 
 
-def test_near_the_end_of_the_walltime_a_stop_is_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "cause", "node"),
+    [("killed", "the node n2 was lost", "n2"), ("exit-4", "rank 0 ended with exit code 4", None)],
+)
+def test_a_node_that_slurm_gave_up_since_the_last_look_is_named(
+    tmp_path: Path, script: str, cause: str, node: str | None
+) -> None:
+    """Unless a rank said what is wrong."""
     stage = a_run(tmp_path)
-    slurm = FakeSlurm(end=time.time() + 3)
-    code, text = go(stage, "save-when-asked", timing=Timing(walltime_margin_s=2), slurm=slurm)
+
+    class LosesANode(FakeSlurm):
+        def state(self) -> JobState:
+            lost = (stage.attempt(1).root / "env-0.json").exists()
+            return replace(self.now, nodes="n1" if lost else "n[1-2]", num_nodes=1 if lost else 2)
+
+    _, text = go(stage, script, slurm=LosesANode())
+    (launch,) = outcome(stage)["launches"]
+    assert cause in launch["cause"]
+    assert launch["node"] == (node or socket.gethostname())
+    assert ("the node n2 was lost" in text) == (node is not None)
+
+
+def test_near_the_end_of_the_walltime_a_stop_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "_PERIOD_S", 0.1)
+    stage = a_run(tmp_path)
+    slurm = FakeSlurm(end=time.time() + 3600)
+
+    def shorten() -> None:
+        slurm.now = replace(slurm.now, end=time.time() + 3)
+
+    code, text = go(stage, "save-when-asked", then=shorten, timing=Timing(walltime_margin_s=2), slurm=slurm)
     assert (code, outcome(stage)["cause"], slurm.told[0]) == (0, "walltime", "requeue")
     assert "job 4711, start 1, on 1 node n1" in text
 
@@ -294,7 +353,7 @@ def test_a_signal_waits_while_a_process_is_replaced(tmp_path: Path) -> None:
 def test_a_rank_that_hangs_is_named_and_all_are_started_again(tmp_path: Path) -> None:
     stage = a_run(tmp_path)
     deadlines = DeadlinesConfig(silence=2, step=60, start=60)
-    timing = Timing(backoff_s=0.1, stacks_s=0.5)
+    timing = Timing(backoff_s=0.1, stacks_s=2)
     code, text = go(stage, "go-on-once,hang-once", timing=timing, deadlines=deadlines)
     assert code == 0
     assert "launch 1 failed: rank 1 on" in text
@@ -327,6 +386,7 @@ def test_a_living_supervisor_is_respected_and_a_dead_one_is_not(tmp_path: Path) 
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert "rank 0 of 1" in other.stdout.readline()
+    until(stage.attempt(1).ledger.exists)  # written after the ranks are started
     with pytest.raises(MachineError, match=f"this stage runs already: pid {other.pid} on {socket.gethostname()}"):
         go(stage, "done")
     ranks = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
