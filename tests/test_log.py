@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,13 @@ class _Terminal(io.StringIO):
 
 
 def test_progress_bar_follows_the_newest_metrics_and_is_silent_elsewhere(tmp_path: Path) -> None:
-    import time
-
     (tmp_path / "0001").mkdir()
     (tmp_path / "0001" / "metrics.jsonl").write_text('{"images_seen": 50, "loss": 0.25}\n')
     quiet, terminal = io.StringIO(), _Terminal()
     with ProgressBar(tmp_path, 100, "stage2", quiet), ProgressBar(tmp_path, 100, "stage2", terminal):
-        time.sleep(1.2)
+        end = time.monotonic() + 20
+        while "loss 0.250" not in terminal.getvalue() and time.monotonic() < end:
+            time.sleep(0.05)
     assert quiet.getvalue() == ""
     assert "50 %" in terminal.getvalue()
     assert "loss 0.250" in terminal.getvalue()
@@ -168,18 +169,24 @@ def test_threads_lose_no_count() -> None:
 
 def test_work_is_a_bar_in_a_terminal_and_leaves_one_line() -> None:
     code = """
-import time
+import select, sys, time
 from pixart_ds.log import Work
 with Work("encode", 400, "pictures") as work:
     for number in range(4):
         time.sleep(0.3)
         work.advance(100, note="part [bold]7[/bold]")
+        if number == 1:
+            select.select([sys.stdin], [], [], 20)  # until that was drawn
 """
+    drawn = re.compile(r"encode ━.* 200/400, [\d.]+/s, \d+ s, \d+ s left, part \[bold\]7\[/bold\]")
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110"}
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=theirs, env=environment)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=theirs, stdout=theirs, env=environment
+    )
     os.close(theirs)
-    shown = b""
+    assert child.stdin is not None
+    shown, text = b"", ""
     while True:
         try:
             more = os.read(ours, 65536)
@@ -188,11 +195,13 @@ with Work("encode", 400, "pictures") as work:
         if not more:
             break
         shown += more
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="ignore"))
+        if drawn.search(text):
+            child.stdin.close()
     os.close(ours)
     assert child.wait() == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"encode ━.* 200/400, \d+/s, \d+ s, \d+ s left, part \[bold\]7\[/bold\]", text)
+    assert drawn.search(text)
     assert len(re.findall(r"prepare", text)) == 1
     assert re.search(
-        r"prepare {6}encode: done, 400 pictures in \d s, \d+ pictures/s, part \[bold\]7\[/bold\]\r\n$", text
+        r"prepare {6}encode: done, 400 pictures in \d+ s, [\d.]+ pictures/s, part \[bold\]7\[/bold\]\r\n$", text
     )

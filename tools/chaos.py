@@ -84,9 +84,9 @@ ENDINGS: dict[str, tuple[int, ...]] = {
 BATCH, PICTURES, STEPS_PER_FAULT, EVERY, CLOSE, BOUND = 16, 120, 8, 3, 50, 1e-5
 WORLDS = (1, 2, 3, 4)
 RETRIES = 3
-SILENCE_S, START_S = 8.0, 90.0
+SILENCE_S, START_S = 20.0, 180.0
 """The deadlines of these runs: without a sign of life; from a rank's start to its first step."""
-LEAVE_S, STUCK_S = 60.0, 300.0
+LEAVE_S, STUCK_S = 60.0, 600.0
 """How long ranks may outlive their supervisor, and how long training may stand still after a fault."""
 DISK_BYTES = 256 << 20
 _POLL_S = 0.03
@@ -765,8 +765,11 @@ class Chaos:
         """All ranks leave soon. A rank that we stopped cannot: then the rest is killed, as a scheduler does at the end of a job."""
         ranks = ranks_of(self.run_folder)
         if code >= 0 and ranks:
-            time.sleep(0.5)
-            if ranks := ranks_of(self.run_folder):
+            # a full disk ends it also between starting ranks and noting that: then they hear of its end from the kernel
+            until = time.monotonic() + (LEAVE_S if code == EXIT_MACHINE else 0.5)
+            while (ranks := ranks_of(self.run_folder)) and time.monotonic() < until:
+                time.sleep(_POLL_S)
+            if ranks:
                 raise Violation(f"the supervisor ended with {code} and left ranks behind: {ranks}")
         if any(each.state == "T" for each in ranks):
             for each in ranks:
@@ -860,7 +863,7 @@ def damage(stage: StageLayout, name: CheckpointName, fault: Fault) -> str:
     ranks = sorted(each for each in storage.sizes() if each.endswith(".safetensors"))
     chosen = MARKER_NAME if fault.kind == "damage-marker" else ranks[int(fault.whom * len(ranks))]
     content = bytearray(read(storage, chosen))
-    at = int(fault.whom * 7919 % 1 * len(content))
+    at = int(fault.whom * 7919 % 1 * (len(content) - 1))  # not the last byte: without its newline a marker is as good
     if fault.kind == "lose-file":
         what, new = "is gone", None
     elif fault.kind == "truncate" or (fault.kind == "damage-marker" and fault.number % 2):

@@ -142,23 +142,36 @@ def record_requests(defaults: Mapping[str, str], **options: str) -> Callable[[An
     def wrap(app: Any) -> Any:
         def recorded(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
             line = {"method": environ["REQUEST_METHOD"], "path": environ["PATH_INFO"], "status": 0}
-            sent = 0
+            sent, told = 0, False
 
             def start(status: str, *rest: Any) -> Any:
                 line["status"] = int(status.split(maxsplit=1)[0])
                 return start_response(status, *rest)
 
+            def tell() -> None:
+                nonlocal told
+                if not told:
+                    received = int(environ.get("CONTENT_LENGTH") or 0)
+                    os.write(log, (json.dumps({**line, "received": received, "sent": sent}) + "\n").encode())
+                told = True
+
             body: Iterable[bytes] = ()
+            held: bytes | None = None
             try:
                 body = app(environ, start)
                 for piece in body:
-                    sent += len(piece)
-                    yield piece
+                    if held is not None:
+                        sent += len(held)
+                        yield held
+                    held = piece
+                if held is not None:
+                    sent += len(held)
+                    tell()  # before the last piece: who has read the answer finds its line
+                    yield held
             finally:
                 if hasattr(body, "close"):
                     body.close()
-                received = int(environ.get("CONTENT_LENGTH") or 0)
-                os.write(log, (json.dumps({**line, "received": received, "sent": sent}) + "\n").encode())
+                tell()
 
         return recorded
 

@@ -31,5 +31,4 @@ def test_a_round_of_both_and_the_figures_are_there(tmp_path: Path) -> None:
     assert all(found[key] > 0 for key in {*ratios, *seconds, "parameters", "bytes", "peer_bytes"})
     assert all(found[key] >= 0 for key in found if key.endswith("_mb"))
     assert (found["ranks"], found["other"], found["rounds"]) == (2, 1, 1)
-    assert found["commit_s"] > found["stall_s"]
     assert not list(tmp_path.iterdir())

@@ -22,8 +22,10 @@ from tests.e2e.test_same_run import create, prepare_small, start
 
 pytestmark = pytest.mark.e2e
 
-STEPS, ENOUGH = 240, 10
-"""Steps of the stage, and after how many of them so much is taken from its budget that 85 % are used."""
+STEPS, ENOUGH, SOON_S = 400, 10, 3.0
+"""Steps of the stage, after how many of them so much is taken from its budget that at least 85 % are used, and most seconds that
+this leaves: however long the ranks took to start, the stop comes before their last step.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +46,9 @@ def cut(stage: StageLayout, over: threading.Event) -> None:
         if row is not None and row["images_seen"] >= 32 * ENOUGH:
             run = RunLayout(stage.root.parent)
             (entry,) = read_book(run.root).stages["stage1"]
-            used = entry.device_count * (time.time() - entry.started) / 86400
-            change_budget(run, [f"gpu_days={used / 0.85:.9f}"])
+            used_s = time.time() - entry.started
+            limit_s = min(used_s / 0.85, used_s + SOON_S)
+            change_budget(run, [f"gpu_days={entry.device_count * limit_s / 86400:.9f}"])
             return
 
 

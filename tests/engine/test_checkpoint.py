@@ -76,7 +76,7 @@ def test_every_world_loads_what_every_world_saved_each_rank_its_own_ranges(tmp_p
 _NETS = st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(_NETS, st.integers(1, 40), st.integers(1, 40))
 def test_any_net_at_any_two_worlds(
     tmp_path_factory: pytest.TempPathFactory, nets: list[list[int]], before: int, after: int
@@ -476,7 +476,7 @@ def test_a_hundred_kills_leave_a_whole_checkpoint_each_time(tmp_path: Path) -> N
     """Each of a hundred attempts is killed at a random moment of its saves; the next one resumes, bit by bit."""
     luck = random.Random(11)
     command = [sys.executable, "-m", "tests.engine.test_checkpoint", str(tmp_path), str(luck.random())]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert answer.returncode == 0, answer.stderr
     torn, clock = map(int, answer.stdout.split()[-2:])
     assert torn > KILLS // 5, f"only {torn} of {KILLS} kills fell into a save"
@@ -498,7 +498,7 @@ def _save_for_ever(root: Path, attempt: int) -> None:
 
 def _kill_many(root: Path, seed: float) -> None:
     luck, torn, layout = random.Random(seed), 0, StageLayout(root)
-    newest = -1
+    newest, window, fruitless = -1, 0.15, 0
     for attempt in range(1, KILLS + 1):
         child = os.fork()
         if child == 0:
@@ -509,15 +509,19 @@ def _kill_many(root: Path, seed: float) -> None:
         while not layout.attempt(attempt).start(1).exists():
             assert os.waitpid(child, os.WNOHANG) == (0, 0), "the attempt ended by itself"
             time.sleep(0.001)
-        time.sleep(luck.uniform(0, 0.15))
+        time.sleep(luck.uniform(0, window))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL, "the attempt ended by itself"
         torn += line.present(layout) != line.committed(layout)
+        before = newest
         if there := line.committed(layout):
             assert there[-1].images_seen >= newest
             newest = there[-1].images_seen
             Reader.at(layout.checkpoints / str(there[-1])).verify()
+        fruitless = 0 if newest > before else fruitless + 1
+        if fruitless == 5:  # a save takes longer on this disk
+            window, fruitless = min(2 * window, 2.0), 0
     print(torn, newest)
 
 

@@ -274,7 +274,7 @@ if __name__ == "__main__":
     config = PrepareConfig.model_validate_json(Path(sys.argv[1]).read_text(), strict=False)
     def tell(done, total):
         print(done, flush=True)
-        time.sleep(0.05)
+        time.sleep(0.05 if done < 5 else 60)
     module.scan(config, Path(sys.argv[2]), int(sys.argv[3]), tell)
 """
 

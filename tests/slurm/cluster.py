@@ -7,15 +7,19 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pixart_ds import files
 from pixart_ds.layout import RunLayout, StageLayout
+from pixart_ds.train.pulse import read_pulses
 from tests.e2e.test_demo import ROOT, call
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 PROFILES = ROOT / "slurm" / "profiles"
+
+_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
 class Cluster:
@@ -31,7 +35,7 @@ class Cluster:
 
     def tell(self, *words: object) -> str:
         """Runs one of Slurm's programs; its output."""
-        answer = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, timeout=60)
+        answer = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, timeout=180)
         assert answer.returncode == 0, f"{words}: {answer.stdout}{answer.stderr}"
         return answer.stdout.strip()
 
@@ -47,11 +51,21 @@ class Cluster:
         text = self.tell("scontrol", "show", "job", "-o", job)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
-    def wait_state(self, job: str, *states: str, seconds: float = 60) -> str:
+    def wait_state(self, job: str, *states: str, seconds: float = 180) -> str:
         until(lambda: self.state(job) in states, seconds, lambda: f"job {job} is {self.state(job)}, not {states}")
         return self.state(job)
 
-    def wait_restart(self, job: str, restarts: int, *, kick: bool = True, seconds: float = 90) -> None:
+    def wait_over(self, job: str, output: Path, state: str = "COMPLETED", seconds: float = 360) -> str:
+        """Until a job is over, and in this state; what it printed."""
+
+        def said() -> str:
+            return f"job {job} is {self.state(job)}\n{output.read_text() if output.exists() else 'and printed nothing'}"
+
+        until(lambda: self.state(job) in _OVER, seconds, said)
+        assert self.state(job) == state, said()
+        return output.read_text() if output.exists() else ""
+
+    def wait_restart(self, job: str, restarts: int, *, kick: bool = True, seconds: float = 240) -> None:
         """Waits until a job runs for the `restarts`-th time again; it need not wait for its turn."""
         until(lambda: int(self.about(job)["Restarts"]) >= restarts, seconds, lambda: f"{self.about(job)}")
         if kick:
@@ -72,14 +86,13 @@ class Cluster:
         """Ends all jobs, brings all nodes back, and the usual parameters."""
         self.configure("preempt_send_user_signal")
         self.tell("scancel", "-Q", "-u", "root")
-        until(lambda: not self.tell("squeue", "-h"), 60, lambda: self.tell("squeue"))
+        until(lambda: not self.tell("squeue", "-h"), 180, lambda: self.tell("squeue"))
         for number in range(1, 9):
             pid = self.root / "run" / f"slurmd.n{number}.pid"
-            alive = pid.exists() and Path(f"/proc/{pid.read_text().strip()}").exists()
-            if not alive:
+            if not (pid.exists() and _alive(pid.read_text().strip())):
                 self.script("revive", f"n{number}")
         self.tell("scontrol", "update", "NodeName=n[1-8]", "State=IDLE") if self._down() else None
-        until(lambda: not self._down(), 60, lambda: self.tell("sinfo"))
+        until(lambda: not self._down(), 180, lambda: self.tell("sinfo"))
 
     def _down(self) -> bool:
         return len(self.tell("sinfo", "-hN", "-p", "gpu", "-t", "idle").splitlines()) < 8
@@ -89,6 +102,14 @@ class Cluster:
         return self.sbatch(
             "--partition=urgent", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", f"--wrap=sleep {seconds}"
         )
+
+
+def _alive(pid: str) -> bool:
+    """Where process 1 reaps orphans late, a zombie counts as gone."""
+    try:
+        return re.search(r"^State:\s+[ZX]", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE) is None
+    except OSError:
+        return False
 
 
 def until(holds: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
@@ -116,7 +137,7 @@ class Training:
         path = self.stage.submissions / f"{job or self.job}.out"
         return path.read_text() if path.exists() else "nothing"
 
-    def wait_images(self, attempt: int, steps: int, seconds: float = 90) -> None:
+    def wait_images(self, attempt: int, steps: int, seconds: float = 240) -> None:
         """Until an attempt has made so many steps of the stage."""
         metrics = self.stage.attempt(attempt).metrics
 
@@ -126,16 +147,18 @@ class Training:
 
         until(there, seconds, lambda: f"no step {steps} in attempt {attempt}:\n{self.output()}")
 
-    def wait_end(self, state: str = "COMPLETED", seconds: float = 120) -> str:
+    def wait_end(self, state: str = "COMPLETED") -> str:
         """Until the job is over; what it printed."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        until(
-            lambda: self.cluster.state(self.job) in over,
-            seconds,
-            lambda: f"{self.cluster.state(self.job)}\n{self.output()}",
-        )
-        assert self.cluster.state(self.job) == state, self.output()
-        return self.output()
+        return self.cluster.wait_over(self.job, self.stage.submissions / f"{self.job}.out", state)
+
+    def wait_launch(self, attempt: int, launch: int, seconds: float = 240) -> None:
+        """Until both ranks of a launch have ended a step: the attempt's metrics may all be those of the launch before."""
+
+        def there() -> bool:
+            pulses = read_pulses(self.stage.attempt(attempt), launch)
+            return sum(each["images_seen"] is not None for each in pulses) == 2
+
+        until(there, seconds, lambda: f"no step of launch {launch} in attempt {attempt}:\n{self.output()}")
 
     def outcomes(self) -> list[str | None]:
         """Of each attempt; None for one that left no word."""
@@ -152,8 +175,12 @@ class Training:
         """Processes of the ranks that live."""
         pattern = f"pixart_ds.train.rank --run {self.run} "
         found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
-        mine = [int(pid) for pid in found]
-        return [pid for pid in mine if b"srun" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]]
+        mine: list[int] = []
+        for pid in map(int, found):
+            with suppress(OSError):  # it has ended meanwhile
+                if b"srun" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]:
+                    mine.append(pid)
+        return mine
 
     def audited(self) -> dict[str, Any]:
         """The audit's word on the stage, which must be without a finding."""

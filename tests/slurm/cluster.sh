@@ -15,7 +15,7 @@ nodes=${CLUSTER_NODES:-8}
 gpus=${CLUSTER_GPUS:-8}
 cpus=${CLUSTER_CPUS:-64}    # claimed, as is the memory
 port=${CLUSTER_PORT:-16800} # of slurmctld; the next ones are slurmdbd's and MariaDB's, those from 11 on the slurmds'
-grace=${CLUSTER_GRACE:-10}  # seconds that preemption leaves
+grace=${CLUSTER_GRACE:-30}  # seconds that preemption leaves
 host=$(hostname -s)
 export SLURM_CONF=$root/etc/slurm.conf
 packages="slurmctld slurmd slurm-client slurmdbd munge mariadb-server-core mariadb-client-core"
@@ -95,8 +95,9 @@ AccountingStoreFlags=job_script,job_env,job_comment
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+# what a loaded machine needs to save: only what ignores a signal waits it out
+KillWait=20
 # short, so that tests are quick
-KillWait=5
 SlurmdTimeout=15
 ReturnToService=2
 CompleteWait=0
@@ -205,7 +206,10 @@ crash() {
 mute() { kill -9 "$(cat "$root/run/slurmd.$1.pid")"; }
 revive() { slurmd -N "$1"; }
 # Not within the second of the requeue: slurmd would answer «Job credential revoked», and the job would end FAILED (1:0).
-kick() { sleep 1.2 && scontrol update JobId="$1" StartTime=now; }
+kick() {
+  sleep 1.2
+  scontrol update JobId="$1" StartTime=now || [ "$(squeue -h -t all -j "$1" -o %T)" != PENDING ] # it has begun by itself
+}
 
 shell() {
   install && start

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_same_run import prepare_small
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, until
 
 
 def _why_not() -> str | None:
@@ -21,6 +21,10 @@ def _why_not() -> str | None:
     if shutil.which("apt-get") is None and shutil.which("slurmctld") is None:
         return "there is no slurmctld, and no apt-get to install it with"
     return None
+
+
+def _processes(root: Path) -> list[str]:
+    return subprocess.run(["pgrep", "-f", str(root)], capture_output=True, text=True, check=False).stdout.split()
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +38,7 @@ def cluster() -> Iterator[Cluster]:
         root, before = Path(folder), dict(os.environ)
         os.environ.update(
             CLUSTER_ROOT=str(root),
-            CLUSTER_PORT=str(20000 + os.getpid() % 300 * 100),
+            CLUSTER_PORT=str(10000 + os.getpid() % 90 * 100),  # below those of ranks and of outgoing connections
             SLURM_CONF=str(root / "etc" / "slurm.conf"),
         )
         found = Cluster(root)
@@ -46,10 +50,7 @@ def cluster() -> Iterator[Cluster]:
             found.script("stop")
             os.environ.clear()
             os.environ.update(before)
-            left = subprocess.run(
-                ["pgrep", "-f", str(root)], capture_output=True, text=True, check=False
-            ).stdout.split()
-            assert not left, f"processes of the cluster are left: {left}"
+            until(lambda: not _processes(root), 20, lambda: f"processes of the cluster are left: {_processes(root)}")
 
 
 @pytest.fixture(scope="session")

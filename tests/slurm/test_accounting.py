@@ -79,20 +79,23 @@ class Database:
         sql = f"SELECT COUNT(*) FROM test_step_table JOIN test_job_table USING (job_db_inx) WHERE id_job = {job}"
         return int(self.table(sql)[0][0])
 
-    def wait(self, job: str, *states: str, seconds: float = 60) -> None:
+    def wait(self, job: str, *states: str) -> None:
         """Until the starts of a job have ended in these states; slurmctld tells slurmdbd of them some seconds later."""
+        until(lambda: self._ended(job) == list(states), 180, lambda: f"not {states}: {self.rows(job)}")
 
-        def there() -> bool:
-            return [each.state for each in self.rows(job) if each.end] == list(states)
+    def wait_first(self, job: str, state: str) -> None:
+        """Until the first start of a job has ended in this state."""
+        until(lambda: self._ended(job)[:1] == [state], 180, lambda: f"not {state} at first: {self.rows(job)}")
 
-        until(there, seconds, lambda: f"not {states}: {self.rows(job)}")
+    def _ended(self, job: str) -> list[str]:
+        return [each.state for each in self.rows(job) if each.end]
 
     def wait_running(self, job: str) -> None:
         def there() -> bool:
             rows = self.rows(job)
             return bool(rows) and rows[-1].state == "RUNNING"
 
-        until(there, 60, lambda: f"{self.rows(job)}")
+        until(there, 180, lambda: f"{self.rows(job)}")
 
 
 def asked(jobs: list[str]) -> Dump:
@@ -195,15 +198,15 @@ def test_every_gpu_second_of_a_history_is_slurms(
 
     cluster.tell("scontrol", "requeue", requeued)  # the start that was recorded as running ends after all
     cluster.tell("scontrol", "requeue", urgent)  # and one that had ended well is no longer called so
+    database.wait_first(urgent, "REQUEUED")  # it may begin and end again soon
     database.wait(requeued, "REQUEUED", "REQUEUED")
-    database.wait(urgent, "REQUEUED")
     cluster.tell("scancel", *(job for job in jobs if job != shrunk))
     until(
-        lambda: not cluster.tell("squeue", "-h", "-t", "PD", "-j", ",".join(jobs)), 30, lambda: cluster.tell("squeue")
+        lambda: not cluster.tell("squeue", "-h", "-t", "PD", "-j", ",".join(jobs)), 120, lambda: cluster.tell("squeue")
     )
     until(
         lambda: all(row.end for row in database.rows(*jobs) if row.raw != shrunk),
-        60,
+        180,
         lambda: f"{database.rows(*jobs)}",
     )
     sacct.record(run, asked(jobs).allocations)
@@ -220,12 +223,12 @@ def test_a_training_jobs_seconds_are_slurms_and_its_ledger_divides_them(
     cluster: Cluster, small_set: Path, tmp_path: Path
 ) -> None:
     """A rank is killed, the job is requeued: every GPU-second is Slurm's, and what became of it is known."""
-    steps = 60
+    steps = 240
     create(tmp_path / "run", small_set, f"stage1.length.steps={steps}", "stage1.checkpoint.every.steps=10")
     training, database = Training(cluster, tmp_path / "run"), Database(cluster)
     training.wait_images(1, 15)
     os.kill(training.ranks()[0], signal.SIGKILL)
-    training.wait_images(1, 25)
+    training.wait_launch(1, 2)
     cluster.tell("scontrol", "requeue", training.job)
     cluster.wait_restart(training.job, 1)
     training.wait_end()

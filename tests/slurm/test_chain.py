@@ -35,7 +35,7 @@ class Chain:
         assert answer.returncode == code, answer.stdout + answer.stderr
         return {each["stage"]: each for each in json.loads(answer.stdout)["stages"]}
 
-    def wait_images(self, stage: str, images: int, seconds: float = 90) -> None:
+    def wait_images(self, stage: str, images: int, seconds: float = 240) -> None:
         def there() -> bool:
             attempts = self.layout.stage(stage).all_attempts()
             row = files.last_json_line(attempts[-1].metrics) if attempts else None
@@ -43,7 +43,7 @@ class Chain:
 
         until(there, seconds, lambda: f"{stage} has not come to {images} images\n{self.outputs(stage)}")
 
-    def wait_done(self, stage: str, seconds: float = 150) -> None:
+    def wait_done(self, stage: str, seconds: float = 450) -> None:
         done = self.layout.stage(stage).done
         until(done.exists, seconds, lambda: f"{stage} is not done\n{self.outputs(stage)}\n{self.queue()}")
 
@@ -63,7 +63,7 @@ def test_five_stages_with_a_preemption_a_failure_and_a_repair(
     link = tmp_path / "set-of-stage3"
     link.symlink_to(small_set)
     create(
-        *(tmp_path / "run", small_set, "stage1.length.steps=40", "stage2.length.steps=20"),
+        *(tmp_path / "run", small_set, "stage1.length.steps=160", "stage2.length.steps=20"),
         f"stage3_256.data.sets=[{{path: {link}}}]",
     )
     chain = Chain(cluster, tmp_path / "run")
@@ -77,8 +77,8 @@ def test_five_stages_with_a_preemption_a_failure_and_a_repair(
     assert [each["do"] for each in chain.go().values()] == ["leave"] * 5, "the same command changes nothing"
 
     chain.wait_images("stage1", 32 * 10)
-    urgent = cluster.fill(8, seconds=60)
-    until(lambda: cluster.state(jobs["stage1"]) == "PENDING", 40, chain.queue)
+    urgent = cluster.fill(8)
+    until(lambda: cluster.state(jobs["stage1"]) == "PENDING", 120, chain.queue)
     assert [each["do"] for each in chain.go().values()] == ["leave"] * 5, "it has been put back, and is waited for"
     cluster.tell("scancel", urgent)
     cluster.wait_restart(jobs["stage1"], 1)
@@ -93,7 +93,7 @@ def test_five_stages_with_a_preemption_a_failure_and_a_repair(
     assert str(link) in chain.outputs("stage3_256")
     text = call("chain", chain.run, "--profile", "test-cluster").stdout
     assert f"when the cause is mended: pixart-ds chain {chain.run} --profile test-cluster --retry" in text
-    until(lambda: "DependencyNeverSatisfied" in chain.queue(), 30, chain.queue)
+    until(lambda: "DependencyNeverSatisfied" in chain.queue(), 120, chain.queue)
 
     link.symlink_to(small_set)
     cluster.tell("scancel", jobs["stage3_1024"])  # and somebody has lost patience with this one
@@ -130,7 +130,7 @@ def test_a_stage_waits_for_an_array_and_a_held_pair_for_its_stage(
     assert chain.go()["stage3_512"]["do"] == "leave", "it is held, behind the one before it"
     cancelled = json.loads(call("cancel", chain.run, "--json").stdout)
     assert {each["how"] for each in cancelled} <= {"withdrawn", "asked to save"}
-    until(lambda: not cluster.tell("squeue", "-h", "-u", "root"), 60, chain.queue)
+    until(lambda: not cluster.tell("squeue", "-h", "-u", "root"), 180, chain.queue)
 
 
 def test_cancel_withdraws_what_waits_and_has_the_others_save(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_cancel_withdraws_what_waits_and_has_the_others_save(cluster: Cluster, s
     told = call("cancel", chain.run)
     assert re.search(r"stage3_512: job \d+ is withdrawn", told.stdout)
     assert re.search(r"stage1: job \d+ is asked to save", told.stdout)
-    until(lambda: not chain.jobs("stage1"), 60, chain.queue)
+    until(lambda: not chain.jobs("stage1"), 180, chain.queue)
     outcome = files.read_json(chain.layout.stage("stage1").attempt(1).outcome)
     assert (outcome["outcome"], outcome["cause"]) == ("stopped", "the file stop")
     assert outcome["images_committed"] >= 32 * 10
@@ -154,5 +154,5 @@ def test_cancel_withdraws_what_waits_and_has_the_others_save(cluster: Cluster, s
     began = time.monotonic()
     ended = json.loads(call("cancel", chain.run, "--now", "--json").stdout)
     assert [each["how"] for each in ended if each["stage"] == "stage1"] == ["ended"]
-    until(lambda: not chain.jobs("stage1"), 60, lambda: f"after {time.monotonic() - began:.0f} s {chain.queue()}")
+    until(lambda: not chain.jobs("stage1"), 180, lambda: f"after {time.monotonic() - began:.0f} s {chain.queue()}")
     assert files.read_json(chain.layout.stage("stage1").attempt(2).outcome)["outcome"] == "stopped"

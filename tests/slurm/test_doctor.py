@@ -23,11 +23,11 @@ def doctor(cluster: Cluster, *words: object, nodes: int = 1, task: bool = True) 
     step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"] if task else []
     out = cluster.root / "doctor.out"
     wrapped = " ".join(map(shlex.quote, [*step, *command]))
-    cluster.tell(
-        *("sbatch", "--wait", "--partition=gpu", f"--nodes={nodes}", "--gres=gpu:8", "--exclusive", "--time=10"),
+    job = cluster.sbatch(
+        *("--partition=gpu", f"--nodes={nodes}", "--gres=gpu:8", "--exclusive", "--time=10"),
         *("--requeue", "--signal=B:USR1@20", f"--chdir={ROOT}", f"--output={out}", f"--wrap={wrapped}"),
     )
-    return out.read_text()
+    return cluster.wait_over(job, out)
 
 
 def test_the_quick_half_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:

@@ -113,8 +113,7 @@ def test_editing_the_checkout_changes_no_job_that_waits_and_secrets_stay_out(
         path.write_text("raise SystemExit('the checkout was edited')\n")
     cluster.tell("scancel", urgent)
     output = run / "stage1" / "submissions" / f"{job}.out"
-    until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 60, output.read_text)
-    assert cluster.state(job) == "COMPLETED", output.read_text()
+    cluster.wait_over(job, output)
     env = files.read_json(run / "stage1" / "attempts" / "0001" / "env.json")
     assert env["nodes"]
     assert all(text.startswith("gpu:v100:8") for text in env["gres"].values())
@@ -168,8 +167,7 @@ def test_plain_sbatch_freezes_the_code_at_its_first_start_and_says_so(
     )
     job = answer.stdout.strip()
     output = tmp_path / f"pixart-stage1-{job}.out"
-    until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), 60, output.read_text)
-    assert cluster.state(job) == "COMPLETED", output.read_text()
+    cluster.wait_over(job, output)
     assert "the code is frozen into the run" in output.read_text()
     (row,) = files.read_json_lines(run / "code" / "history.jsonl")
     assert row["by"] == f"job {job}"
@@ -180,10 +178,11 @@ def test_plain_sbatch_freezes_the_code_at_its_first_start_and_says_so(
 def test_a_warning_that_comes_before_the_supervisor_listens_is_not_lost(
     cluster: Cluster, run: Path, tmp_path: Path, moment: str
 ) -> None:
-    training = Training(cluster, run, profile=site(tmp_path, "setup: [sleep 3]"))
-    cluster.wait_state(training.job, "RUNNING")
+    here = tmp_path / "here"
+    training = Training(cluster, run, profile=site(tmp_path, f"setup: ['touch {here}; sleep 3']"))
+    until(here.exists, 60, training.output)
     if moment == "start":
-        until(training.stage.attempt(1).heartbeat.exists, 30, training.output)
+        until(training.stage.attempt(1).heartbeat.exists, 60, training.output)
     cluster.tell("scancel", "--batch", "--signal=USR1", training.job)
     cluster.wait_restart(training.job, 1)
     training.wait_end()

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.test_demo import call
 from tests.e2e.test_same_run import create
-from tests.slurm.cluster import Cluster, Training, site, until
+from tests.slurm.cluster import Cluster, Training, site
 
 pytestmark = pytest.mark.slurm
 
@@ -39,17 +39,13 @@ def test_a_job_fills_the_caches_and_the_chain_waits_for_it(cluster: Cluster, sma
     assert f"afterok:{job}" in cluster.about(train)["Dependency"]
     cluster.tell("scancel", urgent)
     output = run / "stage1" / "submissions" / "stage-in" / f"{job}.out"
-    over = ("COMPLETED", "FAILED")
-    until(lambda: cluster.state(job) in over, 60, lambda: output.read_text() if output.exists() else cluster.state(job))
-    text = output.read_text()
-    assert cluster.state(job) == "COMPLETED", text
+    text = cluster.wait_over(job, output)
     fetched = [line for line in text.splitlines() if " fetched " in line]
     assert sorted(line[:2] for line in fetched) == ["0:", "1:"], text
     assert (output.parent / f"{job}.sbatch").read_text() == told["script"]
     shards = len(list((tmp_path / "disk").rglob("*.mds")))
     assert shards == len(list((small_set / "captions").rglob("*.mds"))) * 2
-    until(lambda: cluster.state(train) in over, 60, lambda: cluster.about(train)["JobState"])
-    assert cluster.state(train) == "COMPLETED", (run / "stage1" / "submissions" / f"{train}.out").read_text()
+    cluster.wait_over(train, run / "stage1" / "submissions" / f"{train}.out")
     json_rows = json.loads(call("chain", run, "--profile", profile, "--dry-run", "--json").stdout)
     assert json_rows["stages"][0]["do"] == "nothing"
     call("cancel", run, "--now")

@@ -28,12 +28,12 @@ def look(run: Path) -> dict[str, Any]:
 def test_stages_that_are_done_run_and_wait(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     create(run, small_set, "stage1.length.steps=12", "stage2.length.steps=4000")
-    urgent = cluster.fill(8, seconds=120)
+    urgent = cluster.fill(8)
     cluster.wait_state(urgent, "RUNNING")
     submitted = call("chain", run, "--profile", "test-cluster", "--json")
     assert submitted.returncode == 0, submitted.stderr
     jobs = {each["stage"]: each["jobs"][0] for each in json.loads(submitted.stdout)["stages"]}
-    until(lambda: look(run)["jobs"][0]["reason"] in ("Resources", "Priority"), 30, lambda: str(look(run)["jobs"]))
+    until(lambda: look(run)["jobs"][0]["reason"] in ("Resources", "Priority"), 120, lambda: str(look(run)["jobs"]))
     waiting = look(run)
     assert [row["state"] for row in waiting["stages"]] == ["waiting"] * 5
     assert {job["stage"]: job["job"] for job in waiting["jobs"]} == jobs
@@ -43,7 +43,7 @@ def test_stages_that_are_done_run_and_wait(cluster: Cluster, small_set: Path, tm
 
     cluster.tell("scancel", urgent)
     metrics = RunLayout(run).stage("stage2").attempt(1).metrics
-    until(lambda: (files.last_json_line(metrics) or {}).get("step", 0) >= 10, 120, lambda: str(look(run)))
+    until(lambda: (files.last_json_line(metrics) or {}).get("step", 0) >= 10, 300, lambda: str(look(run)))
     began = time.monotonic()
     running = look(run)
     print(f"status: {time.monotonic() - began:.2f} s")
@@ -58,7 +58,7 @@ def test_stages_that_are_done_run_and_wait(cluster: Cluster, small_set: Path, tm
 
     cluster.tell("scancel", jobs["stage2"])
     cluster.wait_state(jobs["stage2"], "CANCELLED")
-    until(lambda: any("never start" in each for each in look(run)["warnings"]), 60, lambda: str(look(run)))
+    until(lambda: any("never start" in each for each in look(run)["warnings"]), 180, lambda: str(look(run)))
     ended = look(run)
     assert [row["state"] for row in ended["stages"]] == ["done", "stopped", "waiting", "waiting", "waiting"]
     why = f"the job that it waits for did not end well: job {jobs['stage2']} (stage2)"

@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, Training, site, until
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 100
+STEPS = 300
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def run(small_set: Path, tmp_path: Path) -> Path:
 
 def assert_whole(training: Training) -> None:
     assert training.audited()["proven"]["to_step"] == STEPS
-    until(lambda: not training.ranks(), 10, lambda: f"ranks are left: {training.ranks()}")
+    until(lambda: not training.ranks(), 60, lambda: f"ranks are left: {training.ranks()}")
 
 
 @pytest.mark.parametrize("parameters", ["preempt_send_user_signal", ""])
@@ -36,8 +36,8 @@ def test_preemption_saves_in_the_grace_and_goes_on_when_there_is_room(
     cluster.configure(parameters)
     training = Training(cluster, run)
     training.wait_images(1, 12)
-    urgent = cluster.fill(8, seconds=60)
-    until(lambda: bool(training.outcomes()) and training.outcomes()[0] is not None, 30, training.output)
+    urgent = cluster.fill(8)
+    until(lambda: bool(training.outcomes()) and training.outcomes()[0] is not None, 60, training.output)
     cluster.wait_state(urgent, "RUNNING")
     assert cluster.state(training.job) == "PENDING"
     cluster.tell("scancel", urgent)
@@ -61,17 +61,17 @@ def test_scontrol_requeue_is_left_to_slurm(cluster: Cluster, run: Path) -> None:
 
 
 def test_the_time_limit_is_foreseen_and_costs_a_save(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
-    create(tmp_path / "run", small_set, "stage1.length.steps=1200", "stage1.checkpoint.every.steps=400")
-    training = Training(cluster, tmp_path / "run", "--time", "1")
+    create(tmp_path / "run", small_set, "stage1.length.steps=2000", "stage1.checkpoint.every.steps=400")
+    training = Training(cluster, tmp_path / "run", "--time", "2", profile=site(tmp_path, "warning_s: 55"))
     training.wait_images(1, 12)
-    until(lambda: training.outcomes()[0] is not None, 90, training.output)
+    until(lambda: training.outcomes()[0] is not None, 150, training.output)
     cluster.tell("scontrol", "update", f"JobId={training.job}", "TimeLimit=10")
     cluster.wait_restart(training.job, 1)
-    output = training.wait_end(seconds=200)
+    output = training.wait_end()
     assert training.outcomes() == ["stopped", "done"]
     assert files.read_json(training.stage.attempt(1).outcome)["cause"] in ("SIGUSR1", "walltime")
     assert "is requeued: it goes on where it was saved" in output
-    assert training.audited()["proven"]["to_step"] == 1200
+    assert training.audited()["proven"]["to_step"] == 2000
 
 
 def test_scancel_ends_and_does_not_requeue(cluster: Cluster, run: Path) -> None:
@@ -111,11 +111,13 @@ def test_a_node_that_dies_costs_a_launch_and_the_rest_goes_on(cluster: Cluster, 
     host = cluster.about(training.job)["BatchHost"]
     other = next(node for node in files.read_json(training.stage.attempt(1).env)["nodes"] if node != host)
     cluster.script("crash", other)
-    training.wait_images(1, STEPS, seconds=120)
+    training.wait_images(1, STEPS)
     output = training.wait_end()
     assert training.outcomes() == ["done"]
     launches = training.launches(1)
-    assert [each["world_size"] for each in launches] in ([2, 1], [2, 2, 1]), "Slurm itself notices only after a while"
+    worlds = [each["world_size"] for each in launches]
+    assert set(worlds[:-1]) == {2}, "Slurm itself notices only after a while"
+    assert worlds[-1] == 1
     assert f"the node {other} was lost" in output
     assert launches[-2]["node"] == other
     assert_whole(training)
@@ -133,12 +135,11 @@ def test_a_batch_host_that_dies_is_replaced(cluster: Cluster, run: Path) -> None
 
 
 def test_a_task_that_is_killed_and_one_that_hangs_cost_a_launch_each(cluster: Cluster, run: Path) -> None:
-    training = Training(cluster, run, "--set", "execution.deadlines.silence=5")
+    training = Training(cluster, run, "--set", "execution.deadlines.silence=15")
     training.wait_images(1, 12)
     first = training.ranks()
     os.kill(first[-1], signal.SIGKILL)
-    training.wait_images(1, 24)
-    until(lambda: len(set(training.ranks()) - set(first)) == 2, 30, training.output)
+    training.wait_launch(1, 2)
     os.kill((set(training.ranks()) - set(first)).pop(), signal.SIGSTOP)
     output = training.wait_end()
     launches = training.launches(1)
@@ -161,7 +162,7 @@ def test_a_job_takes_the_nodes_it_gets(cluster: Cluster, run: Path) -> None:
     training.wait_images(1, 12)
     cluster.fill(7)
     cluster.wait_restart(training.job, 1)
-    training.wait_end(seconds=180)
+    training.wait_end()
     worlds = [files.read_json(each.env)["world_size"] for each in training.stage.all_attempts()]
     assert worlds == [3, 1]
     assert_whole(training)
@@ -187,10 +188,10 @@ def test_an_attempt_that_lives_on_a_lost_node_publishes_nothing(
     (cut_off / node).touch()  # behind a broken network from now on
     cluster.script("mute", node)
     cluster.wait_restart(training.job, 1)
-    until(training.stage.attempt(2).root.exists, 30, training.output)
+    until(training.stage.attempt(2).root.exists, 60, training.output)
     assert set(old) & set(training.ranks()), "the old rank trains when the new attempt begins"
     until(lambda: not (set(old) & set(training.ranks())), 120, lambda: "the old rank never ended")
-    output = training.wait_end(seconds=180)
+    output = training.wait_end()
     assert files.read_json(training.stage.done)["attempt"] == 2
     assert int(cluster.about(training.job)["Restarts"]) == 1, "the old one does not put the job back"
     told = training.stage.attempt(1).log.read_text() + training.stage.attempt(1).rank_log(1, 0).read_text()
@@ -211,6 +212,6 @@ def test_where_requeueing_is_forbidden_a_second_job_waits_behind_the_first(
     waiting = cluster.tell("squeue", "-h", "-t", "PENDING", "-o", "%i").split()
     assert len(waiting) == 1, "at most two are in the queue"
     cluster.wait_state(second, "COMPLETED")
-    until(lambda: cluster.state(waiting[0]) == "CANCELLED", 20, lambda: cluster.tell("squeue", "-t", "all"))
+    until(lambda: cluster.state(waiting[0]) == "CANCELLED", 60, lambda: cluster.tell("squeue", "-t", "all"))
     assert training.outcomes() == ["stopped", "done"]
     assert_whole(training)

@@ -131,11 +131,20 @@ def test_a_heartbeat_that_does_not_say_whose_it_is_is_judged_by_whether_it_chang
     assert begin(stage).attempt.number == 2
     path = heartbeat(stage)
     path.write_text(text)
-    timer = threading.Timer(0.3, lambda: files.replace_text(path, text + " "))
-    timer.start()
-    with pytest.raises(MachineError, match="runs already: a process whose heartbeat cannot be read, attempt 2"):
-        refuse_others(stage, patience_s=30)
-    timer.join()
+    over = threading.Event()
+
+    def live() -> None:  # again and again: the first time may come before the first look
+        while not over.wait(0.2):
+            files.replace_text(path, path.read_text() + " ")
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(MachineError, match="runs already: a process whose heartbeat cannot be read, attempt 2"):
+            refuse_others(stage, patience_s=30)
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_a_number_that_a_process_of_this_host_has_got_since_is_not_it(stage: StageLayout) -> None:
@@ -289,15 +298,16 @@ def test_it_is_kept_in_a_thread_and_a_full_disk_is_told(stage: StageLayout, monk
     monkeypatch.setattr(module, "_LEDGER_SECONDS", 0.02)
     output = io.StringIO()
     record = begin(stage, output)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with record.kept():
         trained(record, 32)
         _until(lambda: read_book(stage.root.parent).stages["stage1"][0].images_to == 32)
-        ledger = record.attempt.ledger
-        ledger.rename(ledger.with_name("elsewhere"))
-        ledger.mkdir()  # a write fails, also for root
-        _until(lambda: "the ledger cannot be written" in output.getvalue())
-        ledger.rmdir()
-        ledger.with_name("elsewhere").rename(ledger)
+        with monkeypatch.context() as broken:
+            broken.setattr(module, "write_entry", full)
+            _until(lambda: "the ledger cannot be written: No space left on device" in output.getvalue())
         trained(record, 64)
         _until(lambda: read_book(stage.root.parent).stages["stage1"][0].images_to == 64)
 
