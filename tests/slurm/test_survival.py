@@ -61,17 +61,22 @@ def test_scontrol_requeue_is_left_to_slurm(cluster: Cluster, run: Path) -> None:
 
 
 def test_the_time_limit_is_foreseen_and_costs_a_save(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
-    create(tmp_path / "run", small_set, "stage1.length.steps=2000", "stage1.checkpoint.every.steps=400")
+    create(tmp_path / "run", small_set, "stage1.length.steps=20000", "stage1.checkpoint.every.steps=400")
     training = Training(cluster, tmp_path / "run", "--time", "2", profile=site(tmp_path, "warning_s: 55"))
     training.wait_images(1, 12)
     until(lambda: training.outcomes()[0] is not None, 150, training.output)
     cluster.tell("scontrol", "update", f"JobId={training.job}", "TimeLimit=10")
+    outcome = files.read_json(training.stage.attempt(1).outcome)
+    assert outcome["outcome"] == "stopped"
+    assert outcome["cause"] in ("SIGUSR1", "walltime")
     cluster.wait_restart(training.job, 1)
-    output = training.wait_end()
-    assert training.outcomes() == ["stopped", "done"]
-    assert files.read_json(training.stage.attempt(1).outcome)["cause"] in ("SIGUSR1", "walltime")
+    goes_on_to = outcome["images_committed"] // 32 + 10
+    training.wait_images(2, goes_on_to)
+    cluster.tell("scancel", training.job)
+    output = training.wait_end("CANCELLED")
     assert "is requeued: it goes on where it was saved" in output
-    assert training.audited()["proven"]["to_step"] == 2000
+    assert training.outcomes() == ["stopped", "stopped"]
+    assert training.audited()["proven"]["to_step"] >= goes_on_to
 
 
 def test_scancel_ends_and_does_not_requeue(cluster: Cluster, run: Path) -> None:
