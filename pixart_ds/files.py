@@ -110,7 +110,7 @@ def write_new(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> N
     except (FileExistsError, FileNotFoundError) as cause:
         if not path.exists():
             raise
-        # where the temporary file is gone, another writer was first, and it was removed with what killed ones had left
+        # a temporary file that is gone was removed with what killed writers had left: another one was first
         raise FileExistsError(errno.EEXIST, "it is there already", str(path)) from cause
     finally:
         temporary.unlink(missing_ok=True)
@@ -124,18 +124,18 @@ def _rename_new(temporary: Path, path: Path) -> None:
         if cause.errno not in _NO_LINKS:
             raise
         if path.exists():
-            raise FileExistsError from cause
+            raise FileExistsError(errno.EEXIST, "it is there already", str(path)) from cause
         os.rename(temporary, path)
 
 
 def remove_left_overs(folder: Path) -> None:
-    """Removes what killed writers left under temporary names, in a folder and all below.
+    """Removes what killed writers left under temporary names directly in a folder, if there is one.
 
-    Of writers that are at it only those of `write_new` whose file is there already go on as if nothing had been.
+    Not for a folder in which others still write: only a `write_new` whose file is there already bears it.
     """
-    for parent, _, names in os.walk(folder):
-        for name in filter(_TEMPORARY.fullmatch, names):
-            Path(parent, name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # such as another user's, or a disk that is read-only: it is in nobody's way
+        for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
+            (folder / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

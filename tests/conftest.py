@@ -9,8 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 
-# a slow machine fails no test, and a test that passes once passes always
-settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+# a slow machine fails no test; a property is tried on the same examples each time, on others with --hypothesis-profile=random
+for name, same in (("random", False), ("tests", True)):
+    settings.register_profile(name, deadline=None, derandomize=same, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
 

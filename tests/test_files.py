@@ -65,22 +65,26 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path: Path) -> None:
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
-    left = [files.temporary_name(tmp_path / "a.json"), files.temporary_name(files.temporary_name(tmp_path / "below/b"))]
-    others = [tmp_path / "a.json", tmp_path / ".mine.tmp", tmp_path / "below/.draft.0123456789ab.tmp.txt"]
+    left = [files.temporary_name(tmp_path / "a.json"), files.temporary_name(files.temporary_name(tmp_path / "b"))]
+    others = [tmp_path / "a.json", tmp_path / ".mine.tmp", tmp_path / ".draft.0123456789ab.tmp.txt"]
+    others.append(files.temporary_name(tmp_path / "below/c"))
     for path in (*left, *others):
         path.write_text("something")
     files.remove_left_overs(tmp_path)
+    files.remove_left_overs(tmp_path / "nothing")
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
 
 
 def test_a_second_writer_is_told_so_even_if_its_temporary_file_is_taken_for_a_left_over(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_new(path, [b"the first"])
-    done = threading.Event()
+    done, removals = threading.Event(), 0
 
     def remove() -> None:
+        nonlocal removals
         while not done.is_set():
             files.remove_left_overs(tmp_path)
+            removals += 1
 
     remover = threading.Thread(target=remove)
     remover.start()
@@ -92,6 +96,7 @@ def test_a_second_writer_is_told_so_even_if_its_temporary_file_is_taken_for_a_le
     finally:
         done.set()
         remover.join()
+    assert removals > 100
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"a.json": b"the first"}
 
 

@@ -747,7 +747,7 @@ class Chaos:
         code = ended.process.returncode
         if self.store:
             self.store.look(now=True)
-        self._no_rank_is_left(code)
+        self._no_rank_is_left(code, ended.faults)
         if self.disk:
             self.disk.free()
         begun = self.stage.all_attempts()[ended.before :]
@@ -761,12 +761,13 @@ class Chaos:
         check_ending(code, outcome, ended.faults, done=self.stage.done.exists())
         self._checkpoints_hold()
 
-    def _no_rank_is_left(self, code: int) -> None:
+    def _no_rank_is_left(self, code: int, faults: Sequence[Fault]) -> None:
         """All ranks leave soon. A rank that we stopped cannot: then the rest is killed, as a scheduler does at the end of a job."""
         ranks = ranks_of(self.run_folder)
         if code >= 0 and ranks:
-            # a full disk ends it also between starting ranks and noting that: then they hear of its end from the kernel
-            until = time.monotonic() + (LEAVE_S if code == EXIT_MACHINE else 0.5)
+            # a full disk may end the supervisor just after it started ranks, who hear of its end from the kernel and leave
+            full = code == EXIT_MACHINE and any(fault.kind == "full-disk" for fault in faults)
+            until = time.monotonic() + (LEAVE_S if full else 0.5)
             while (ranks := ranks_of(self.run_folder)) and time.monotonic() < until:
                 time.sleep(_POLL_S)
             if ranks:

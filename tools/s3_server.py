@@ -159,7 +159,7 @@ def record_requests(defaults: Mapping[str, str], **options: str) -> Callable[[An
             held: bytes | None = None
             try:
                 body = app(environ, start)
-                for piece in body:
+                for piece in filter(None, body):
                     if held is not None:
                         sent += len(held)
                         yield held

@@ -90,11 +90,10 @@ class Allocation:
         Args:
             ask: Slurm anew, and wait for it.
         """
-        if ask:
-            self._seen = self.slurm.state() or self._seen
-        if self._seen is None or not self._seen.nodes or self._seen.state != "RUNNING":
+        seen = (self.slurm.state() if ask else None) or self._seen
+        if seen is None or not seen.nodes or seen.state != "RUNNING":
             return []
-        return sorted(self._nodes - set(expand(self._seen.nodes)))
+        return sorted(self._nodes - set(expand(seen.nodes)))
 
     def launch_ended(self) -> None:
         """Ranks may have been signalled without a word to this process: then a stop is asked for, and nothing is started again."""

@@ -222,8 +222,8 @@ def _mend(name: str, jobs: Sequence[str], profile: Profile, before: Sequence[str
     wanted = dependencies(profile, before)
     for job in jobs:
         answer = call("scontrol", "update", f"JobId={job}", f"Dependency={wanted}")
-        if answer.returncode and all(each.running for each in queue(name) if each.number == job):
-            return False
+        if answer.returncode and any(each.number == job and each.running for each in queue(name)):
+            return False  # nor do those behind it need anything
         if answer.returncode:
             raise MachineError(
                 f"scontrol update JobId={job}: {answer.stderr.strip()}", remedy=f"scancel {job}, and again"

@@ -219,7 +219,8 @@ class _Attempt:
             return self._told(hang, ranks)
         failure, lost = _failure(ranks, self._stepped()), watch.lost
         if not lost and failure is not None and failure.code not in EXITS_THAT_TELL and self.allocation is not None:
-            lost = self.allocation.lost_nodes(ask=True)  # its ranks' peers may all have left since the last look
+            lost = self.allocation.lost_nodes(ask=True)  # a lost node's peers may all have left since the last look
+            self.record.keep()  # Slurm may have taken its time
         if lost:
             return RankFailure(f"the {_plural('node', lost)} lost", EXIT_BUG, lost[0])
         return failure

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from pixart_ds import files
 from pixart_ds.config.schema import PrepareConfig
-from pixart_ds.data.format import MANIFEST
+from pixart_ds.data.format import MANIFEST, latents_folder
 from pixart_ds.data.shards import PreparedSet
 from pixart_ds.data.store import exists, is_remote, open_store
 from pixart_ds.data.target import open_target
@@ -380,11 +380,14 @@ def _in_hand(work: Path, label: str, what: str) -> Iterator[None]:
         yield
 
 
-def _remove_left_overs(config: PrepareConfig, work: Path) -> None:
-    """Removes what killed processes left under temporary names; a store has none."""
-    files.remove_left_overs(work)
-    if not is_remote(config.output):
-        files.remove_left_overs(Path(config.output))
+def _remove_left_overs(made: PreparedSet, work: Path) -> None:
+    """Removes what killed processes left under temporary names where a set and its work are written; a store has none."""
+    folders = [work, work / "scan", work / "captions"]
+    if not is_remote(made.path):
+        inside = ("", "parts", "captions", *map(latents_folder, made.description.latents))
+        folders += [Path(made.path, name) for name in inside]
+    for folder in folders:
+        files.remove_left_overs(folder)
 
 
 # ---- captions and parts -------------------------------------------------------------------------------------------------
@@ -526,8 +529,8 @@ def _finish(
                     _say(f"joins {plan.num_parts} parts")
                     finish.finish(config, work, plan)
                 shutil.rmtree(work / "features", ignore_errors=True)  # the rows hold them now
-                _remove_left_overs(config, work)
                 made = PreparedSet.open(config.output)
+                _remove_left_overs(made, work)
                 alone = fresh and written == plan.num_parts  # else the page would tell of a part of the work as of all
                 page = finish.write_summary(config, made, time.monotonic() - began if alone else None, device)
     elif only == "finish":

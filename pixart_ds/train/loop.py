@@ -65,7 +65,7 @@ def fit(job: Job, world: World, stop: StopFlag, log: Log) -> None:
             last = state.images_seen >= stage.total_images
             training.save_if_due(meter, agreed, images_seen, last=last)
             if agreed.stop and not last:
-                training.leave(stop.reason)
+                training.leave(stop.reason if stop.requested else None)  # another rank may have noticed the file first
                 return
             training.preview_if_due(meter, images_seen, stop)
             job.pulse.stepped(state.images_seen)

@@ -19,7 +19,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self._reason: str | None = None
+        self.reason: str | None = None
         self._file: Path | None = None
         self._earlier: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
@@ -39,15 +39,10 @@ class StopFlag:
         self._file = file
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._reason = self._reason or signal.Signals(number).name
+        self.reason = self.reason or signal.Signals(number).name
 
     @property
     def requested(self) -> bool:
+        if self.reason is None and self._file is not None and os.path.lexists(self._file):
+            self.reason = f"the file {self._file.name}"
         return self.reason is not None
-
-    @property
-    def reason(self) -> str | None:
-        """What asked for the stop. The file may be noticed by another rank first: so it is looked for each time."""
-        if self._reason is None and self._file is not None and os.path.lexists(self._file):
-            self._reason = f"the file {self._file.name}"
-        return self._reason

@@ -15,7 +15,7 @@ from pixart_ds.config.freeze import create_run
 from pixart_ds.config.load import load_chain
 from pixart_ds.layout import RunLayout
 from pixart_ds.log import Log
-from tests.cluster.test_supervise import FakeSlurm
+from tests.cluster.test_supervise import FakeSlurm, no_slurm  # noqa: F401 — a fixture
 
 
 def test_a_job_that_is_taken_down_has_lost_no_node(tmp_path: Path) -> None:

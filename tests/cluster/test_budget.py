@@ -236,6 +236,7 @@ def test_a_budget_stop_and_the_scancel_after_it_do_not_hurry_the_ranks(tmp_path:
     slurm = FakeSlurm(state="COMPLETING")
     code, _ = go(stage, "save-late", after=0.6, then=limited(stage, 0.01), timing=timing, slurm=slurm)
     assert (code, outcome(stage)["outcome"]) == (75, "stopped")
+    assert outcome(stage)["cause"].startswith("budget used up"), "it came first"
 
 
 def test_ranks_that_die_in_a_budget_stop_are_not_started_again(tmp_path: Path) -> None:

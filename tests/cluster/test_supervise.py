@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from pixart_ds import files
-from pixart_ds.cluster import allocation, node_check
+from pixart_ds.cluster import allocation, guardian, node_check
 from pixart_ds.cluster.launchers import LocalLauncher
 from pixart_ds.cluster.requests import ASKED, Requests
 from pixart_ds.cluster.slurm import JobState, Slurm
@@ -39,8 +39,9 @@ FAKE = (sys.executable, str(Path(__file__).with_name("fake_rank.py")))
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
-    # a machine with an srun of its own has none for the jobs of `FakeSlurm`
+    # whether the machine has an srun or not, there is none for the jobs of `FakeSlurm`
     monkeypatch.setattr(node_check, "examine", lambda nodes, *_: node_check.Found({}, len(nodes)))
+    monkeypatch.setattr(guardian.Guardian, "keep", lambda *_: None)
 
 
 def until(happens: Callable[[], object]) -> None:

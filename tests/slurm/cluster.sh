@@ -97,6 +97,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 # what a loaded machine needs to save: only what ignores a signal waits it out
 KillWait=20
+
 # short, so that tests are quick
 SlurmdTimeout=15
 ReturnToService=2

@@ -38,7 +38,8 @@ def cluster() -> Iterator[Cluster]:
         root, before = Path(folder), dict(os.environ)
         os.environ.update(
             CLUSTER_ROOT=str(root),
-            CLUSTER_PORT=str(10000 + os.getpid() % 90 * 100),  # below those of ranks and of outgoing connections
+            # below those of `make cluster`, of ranks and of outgoing connections
+            CLUSTER_PORT=str(10000 + os.getpid() % 60 * 100),
             SLURM_CONF=str(root / "etc" / "slurm.conf"),
         )
         found = Cluster(root)

@@ -180,7 +180,7 @@ def test_a_warning_that_comes_before_the_supervisor_listens_is_not_lost(
 ) -> None:
     here = tmp_path / "here"
     training = Training(cluster, run, profile=site(tmp_path, f"setup: ['touch {here}; sleep 3']"))
-    until(here.exists, 60, training.output)
+    until(here.exists, 180, training.output)
     if moment == "start":
         until(training.stage.attempt(1).heartbeat.exists, 60, training.output)
     cluster.tell("scancel", "--batch", "--signal=USR1", training.job)

@@ -62,9 +62,9 @@ def test_scontrol_requeue_is_left_to_slurm(cluster: Cluster, run: Path) -> None:
 
 def test_the_time_limit_is_foreseen_and_costs_a_save(cluster: Cluster, small_set: Path, tmp_path: Path) -> None:
     create(tmp_path / "run", small_set, "stage1.length.steps=20000", "stage1.checkpoint.every.steps=400")
-    training = Training(cluster, tmp_path / "run", "--time", "2", profile=site(tmp_path, "warning_s: 55"))
+    training = Training(cluster, tmp_path / "run", "--time", "3", profile=site(tmp_path, "warning_s: 80"))
     training.wait_images(1, 12)
-    until(lambda: training.outcomes()[0] is not None, 150, training.output)
+    until(lambda: training.outcomes()[0] is not None, 240, training.output)
     cluster.tell("scontrol", "update", f"JobId={training.job}", "TimeLimit=10")
     outcome = files.read_json(training.stage.attempt(1).outcome)
     assert outcome["outcome"] == "stopped"

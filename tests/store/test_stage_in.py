@@ -42,7 +42,7 @@ def test_a_killed_stage_in_goes_on_where_it_was(s3: S3Server, bucket: str, tmp_p
         f"fill(PreparedSet.open('s3://{bucket}/set'), CacheOptions(Path({str(options.folder)!r})))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    while len(list(options.folder.rglob("*.mds"))) < 20:  # the server's log would be behind, and long
+    while len(list(options.folder.rglob("*.mds"))) < 20:
         assert process.poll() is None
         time.sleep(0.005)
     process.kill()
