@@ -234,7 +234,7 @@ def test_a_budget_stop_and_the_scancel_after_it_do_not_hurry_the_ranks(tmp_path:
     stage = a_run(tmp_path)
     timing = Timing(budget_s=0.1, hurry_grace_s=0.1, retries=0)
     slurm = FakeSlurm(state="COMPLETING")
-    code, _ = go(stage, "save-late", after=0.6, then=limited(stage, 0.01), timing=timing, slurm=slurm)
+    code, _ = go(stage, "save-late", after=1.2, then=limited(stage, 0.01), timing=timing, slurm=slurm)
     assert (code, outcome(stage)["outcome"]) == (75, "stopped")
     assert outcome(stage)["cause"].startswith("budget used up"), "it came first"
 
