@@ -35,6 +35,7 @@ class Allocation:
         self._seen = slurm.state()
         self._nodes: set[str] = set()
         self._unreachable: set[str] = set()
+        self._told: set[str] = set()
         self._over = threading.Event()
         self._asker = threading.Thread(target=self._ask_on, name="slurm", daemon=True)
         self._asker.start()
@@ -75,13 +76,18 @@ class Allocation:
     def launch_begins(self, unreachable: Collection[str]) -> None:
         """Remembers the nodes that the ranks are about to be started on, and keeps the guardian on one of them.
 
+        A node that is gone since the launch before, and that nobody has named, is told: Slurm gives a dead one up after a while.
+
         Args:
             unreachable: Nodes that the job has, and that this launch leaves out.
         """
         self._seen = self.slurm.state() or self._seen
         self._unreachable = set(unreachable)
         if self._seen is not None:
-            self._nodes = set(expand(self._seen.nodes)) - self._unreachable
+            there = set(expand(self._seen.nodes))
+            for node in sorted(self._nodes - there - self._told):
+                self._log.event(f"the node {node} was lost; this launch goes without it")
+            self._nodes = there - self._unreachable
             self._guardian.keep(self._seen, self._unreachable)
 
     def lost_nodes(self, *, ask: bool = False) -> list[str]:
@@ -93,7 +99,9 @@ class Allocation:
         seen = (self.slurm.state() if ask else None) or self._seen
         if seen is None or not seen.nodes or seen.state != "RUNNING":
             return []
-        return sorted(self._nodes - set(expand(seen.nodes)))
+        lost = self._nodes - set(expand(seen.nodes))
+        self._told |= lost
+        return sorted(lost)
 
     def launch_ended(self) -> None:
         """Ranks may have been signalled without a word to this process: then a stop is asked for, and nothing is started again."""

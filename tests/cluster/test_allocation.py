@@ -48,6 +48,23 @@ def test_slurm_is_asked_once_more_which_nodes_are_left(tmp_path: Path) -> None:
         allocation.end()
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_node_that_slurm_gives_up_between_two_launches_is_told_once(tmp_path: Path, told: bool) -> None:
+    attempt = RunLayout(tmp_path).stage("stage1").attempt(1)
+    attempt.root.mkdir(parents=True)
+    slurm, output = FakeSlurm(nodes="n[1-2]", num_nodes=2), io.StringIO()
+    with Requests() as requests:
+        allocation = Allocation(slurm, attempt, requests, 300.0, Log("stage1", output))
+        allocation.launch_begins(set())
+        slurm.now = dataclasses.replace(slurm.now, nodes="n1", num_nodes=1)
+        if told:
+            assert allocation.lost_nodes(ask=True) == ["n2"]  # then it is the launch's failure
+        allocation.launch_begins(set())
+        allocation.launch_begins(set())
+        allocation.end()
+    assert output.getvalue().count("the node n2 was lost; this launch goes without it") == (0 if told else 1)
+
+
 def test_the_code_is_frozen_where_there_is_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = frozen.freeze(RunLayout(tmp_path), "job 7")

@@ -124,7 +124,7 @@ def test_a_node_that_dies_costs_a_launch_and_the_rest_goes_on(cluster: Cluster, 
     assert set(worlds[:-1]) == {2}, "Slurm itself notices only after a while"
     assert worlds[-1] == 1
     assert f"the node {other} was lost" in output
-    assert launches[-2]["node"] == other
+    assert launches[-2]["node"] in (other, None), "Slurm may give it up just after that launch has ended"
     assert_whole(training)
 
 
