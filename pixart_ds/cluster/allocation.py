@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pixart_ds.cluster.guardian import Guardian
 from pixart_ds.cluster.requests import Requests
 from pixart_ds.cluster.requeue import cause_of
-from pixart_ds.cluster.slurm import Slurm, expand
+from pixart_ds.cluster.slurm import JobState, Slurm, expand
 from pixart_ds.layout import AttemptLayout
 from pixart_ds.log import Log
 
@@ -84,24 +84,25 @@ class Allocation:
         self._seen = self.slurm.state() or self._seen
         self._unreachable = set(unreachable)
         if self._seen is not None:
-            there = set(expand(self._seen.nodes))
-            for node in sorted(self._nodes - there - self._told):
+            for node in sorted(self._gone(self._seen) - self._told):
                 self._log.event(f"the node {node} was lost; this launch goes without it")
-            self._nodes = there - self._unreachable
+            self._nodes = set(expand(self._seen.nodes)) - self._unreachable
             self._guardian.keep(self._seen, self._unreachable)
 
     def lost_nodes(self, *, ask: bool = False) -> list[str]:
-        """Those of the launch's nodes that the job has lost since; a job that is taken down gives its nodes back one by one.
+        """Those of the launch's nodes that the job has lost since.
 
         Args:
             ask: Slurm anew, and wait for it.
         """
         seen = (self.slurm.state() if ask else None) or self._seen
-        if seen is None or not seen.nodes or seen.state != "RUNNING":
-            return []
-        lost = self._nodes - set(expand(seen.nodes))
+        lost = set() if seen is None else self._gone(seen)
         self._told |= lost
         return sorted(lost)
+
+    def _gone(self, seen: JobState) -> set[str]:
+        """Nodes that the job had; one that is taken down gives its nodes back one by one, which is no loss."""
+        return self._nodes - set(expand(seen.nodes)) if seen.nodes and seen.state == "RUNNING" else set()
 
     def launch_ended(self) -> None:
         """Ranks may have been signalled without a word to this process: then a stop is asked for, and nothing is started again."""
